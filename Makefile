@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# EMBEDDED=1 runs the demo without RabbitMQ and Redis, over their twins in memory.
+.PHONY: help demo test setup lint services clean
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+LEAN := .venv-lean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.complete $(if $(EMBEDDED),,services) ## 100 models, one small device, one spike; ends with demo.png
+	@$(VENV)/bin/python -m examples.demo $(if $(EMBEDDED),--embedded) $(DEMO_ARGS)
+
+test: setup $(LEAN)/.complete ## lint, types, import contracts, all tests
+	@scripts/test $(VENV) $(LEAN)
+
+lint: $(VENV)/.complete ## formatting, lint, types and import contracts only
+	@scripts/lint $(VENV)
+
+setup: $(VENV)/.complete services ## virtual environment, RabbitMQ and Redis, if missing
+
+services:
+	@scripts/services
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@scripts/environment $(PYTHON) $(VENV) test
+
+# Gateway, placer and shared are tested where torch cannot be imported.
+$(LEAN)/.complete: pyproject.toml constraints.txt
+	@scripts/environment $(PYTHON) $(LEAN) gateway,placer,cli,triton,test-lean
+
+clean: ## what the two commands made (not the pushed models in .roost)
+	rm -rf $(VENV) $(LEAN) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,67 @@
+"""The table at the end of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from examples.demo.traffic import Answer, Book, quantile
+from examples.demo.watch import Sight
+from roost.units import show_bytes
+
+SHOWN = 12
+
+
+def table(sights: Sequence[Sight], book: Book, marks: Mapping[str, str]) -> Table:
+    """One row for each model that has something to tell, and one for all the others.
+
+    `marks`: what happened to a model, by name. Newest answers come first.
+    """
+    last: dict[str, tuple[str, str, int]] = {}
+    for sight in sights:
+        for seat in sight.seats:
+            # A model that has gone stays in the table with the bytes it took.
+            last[seat.model] = (seat.worker, seat.tier, seat.bytes)
+    now = sights[-1]
+    here = {seat.model: seat for seat in now.seats}
+    models = sorted(
+        (name for name, answers in book.answers.items() if answers),
+        key=lambda name: (name not in marks, -max(a.asked for a in book.answers[name])),
+    )
+    made = Table(title="Models that were asked, at the end", title_justify="left")
+    for column in ("model", "worker", "tier"):
+        made.add_column(column)
+    for column in ("bytes measured", "requests", "p50 ms", "p99 ms"):
+        made.add_column(column, justify="right")
+    for name in models[:SHOWN]:
+        seat = here.get(name)
+        label = f"{name} ({marks[name]})" if name in marks else name
+        made.add_row(
+            label,
+            seat.worker if seat else "—",
+            seat.tier if seat else "disk",
+            f"{last[name][2]:,}" if name in last else "",
+            *_figures(book.answers[name]),
+        )
+    rest = [name for name in models[SHOWN:] if name in here]
+    if rest:
+        made.add_row(
+            f"… and {len(rest)} more",
+            ", ".join(sorted({here[name].worker for name in rest})),
+            ", ".join(sorted({here[name].tier for name in rest})),
+            f"{sum(here[name].bytes for name in rest):,}",
+            *_figures([a for name in rest for a in book.answers[name]]),
+        )
+    total = sum(now.used_bytes.values())
+    made.caption = f"{show_bytes(total)} on {len(now.used_bytes)} worker(s) at the end"
+    return made
+
+
+def _figures(answers: Sequence[Answer]) -> tuple[str, str, str]:
+    seconds = [a.seconds for a in answers if not a.error]
+    return (
+        f"{len(answers):,}",
+        f"{quantile(seconds, 0.5) * 1000:.1f}",
+        f"{quantile(seconds, 0.99) * 1000:.1f}",
+    )

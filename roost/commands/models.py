@@ -1,0 +1,118 @@
+"""`roost push`, `roost ls`, `roost rm`, `roost import`: what is registered."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import msgspec
+
+from roost.client import RoostClient
+from roost.units import show_bytes
+from shared.errors import InvalidRequest
+from shared.models import ModelSpec
+
+
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser], url: str) -> None:
+    push = commands.add_parser(
+        "push",
+        help="register a model",
+        description="Registers a TorchScript file under a name. Nothing else need be known of "
+        "it; a manifest adds what is: inputs, outputs, batching, target latency.",
+    )
+    push.add_argument("name")
+    push.add_argument("file", type=Path, metavar="FILE.pt")
+    push.add_argument("--manifest", type=Path, metavar="model.json", help="see docs/models.md")
+    push.add_argument("--version", help="default: one above the highest")
+    _with_url(push, url)
+    push.set_defaults(run=run_push)
+
+    ls = commands.add_parser("ls", help="list registered models and where they are")
+    ls.add_argument("--json", action="store_true", help="the repository index as it is")
+    _with_url(ls, url)
+    ls.set_defaults(run=run_ls)
+
+    rm = commands.add_parser("rm", help="remove a model, or one version of it")
+    rm.add_argument("name")
+    rm.add_argument("--version", help="default: all versions")
+    _with_url(rm, url)
+    rm.set_defaults(run=run_rm)
+
+    bring = commands.add_parser(
+        "import",
+        help="import a Triton model repository",
+        description="Copies every TorchScript model of a Triton model repository into a Roost "
+        "repository directory or fsspec URL. Services notice by themselves.",
+    )
+    bring.add_argument("triton", type=Path, metavar="TRITON_REPOSITORY")
+    bring.add_argument("--repository", default=".roost/repository", metavar="DIR_OR_URL")
+    bring.set_defaults(run=run_import)
+
+
+def run_push(arguments: argparse.Namespace) -> int:
+    spec = _read_spec(arguments.manifest) if arguments.manifest else None
+    if not arguments.file.is_file():
+        raise InvalidRequest(f"there is no file {arguments.file}")
+    with RoostClient(arguments.url) as client:
+        manifest = client.push(arguments.name, arguments.file, version=arguments.version, spec=spec)
+    print(f"{manifest.id}  {show_bytes(manifest.size_bytes)}  {manifest.digest}")
+    return 0
+
+
+def run_ls(arguments: argparse.Namespace) -> int:
+    with RoostClient(arguments.url) as client:
+        index = client.list()
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(index), indent=2).decode())
+        return 0
+    rows = [("MODEL", "VERSION", "STATE", "SIZE", "WHERE")]
+    for item in index:
+        size = item.get("size_bytes")
+        rows.append(
+            (
+                str(item["name"]),
+                str(item.get("version", "")),
+                str(item.get("state", "")),
+                show_bytes(float(size)) if size is not None else "",
+                str(item.get("reason", "")),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    return 0
+
+
+def run_rm(arguments: argparse.Namespace) -> int:
+    with RoostClient(arguments.url) as client:
+        client.remove(arguments.name, arguments.version)
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    from shared.repository import Repository
+
+    if not arguments.triton.is_dir():
+        raise InvalidRequest(f"there is no directory {arguments.triton}")
+    manifests, errors = Repository(arguments.repository).import_triton(str(arguments.triton))
+    for manifest in manifests:
+        print(f"{manifest.id}  {show_bytes(manifest.size_bytes)}  {manifest.digest}")
+    for name, error in errors.items():
+        print(f"roost: {name}: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _read_spec(path: Path) -> ModelSpec:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ModelSpec)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}") from error
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} is not a model manifest: {error}") from error
+
+
+def _with_url(parser: argparse.ArgumentParser, url: str) -> None:
+    parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")

@@ -1,0 +1,136 @@
+"""The stack in one process, over the twins of broker and store in memory.
+
+For trying Roost out where RabbitMQ and Redis cannot be had. Gateway, placer and agents are the
+same code but for the two adapters; engines stay processes of their own, as always. Queues live
+and die with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+from roost.local.ports import free_ports
+from roost.stack.port import StackConfig, StackFailed
+from roost.stack.waiting import wait_for_url, wait_for_workers
+from services.gateway.app import run as run_gateway
+from services.gateway.config import GatewayConfig
+from services.placer.app import run as run_placer
+from services.placer.config import PlacerConfig
+from services.worker.app import run as run_worker
+from services.worker.config import WorkerConfig
+from shared.broker.memory import MemoryBroker, MemoryExchange
+from shared.broker.port import Broker
+from shared.config import load
+from shared.store.memory import MemoryState, MemoryStore
+
+
+class EmbeddedStack:
+    """Gateway, placer and worker agents as tasks of this process."""
+
+    def __init__(self, config: StackConfig) -> None:
+        self._config = config
+        self._exchange = MemoryExchange()
+        self._state = MemoryState()
+        self._services: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
+        self._workers: list[str] = []
+        self.gateway_url = ""
+        self.placer_url = ""
+
+    async def start(self) -> None:
+        config = self._config
+        (config.data_dir / "repository").mkdir(parents=True, exist_ok=True)
+        port, placer_port = config.port, config.placer_port
+        if not port or not placer_port:
+            spare = free_ports(2)
+            port, placer_port = port or spare[0], placer_port or spare[1]
+        self.gateway_url = f"http://127.0.0.1:{port}"
+        self.placer_url = f"http://127.0.0.1:{placer_port}"
+        placer = load(PlacerConfig, "PLACER", self._settings("placer"), port=placer_port)
+        self._spawn("placer", lambda stop, b, s: run_placer(placer, stop, broker=b, store=s))
+        gateway = load(GatewayConfig, "GATEWAY", self._settings("gateway"), port=port)
+        self._spawn("gateway", lambda stop, b, s: run_gateway(gateway, stop, broker=b, store=s))
+        for _ in range(config.workers):
+            self._spawn_worker()
+        await wait_for_url(f"{self.placer_url}/readyz", "the placer", self._check_alive)
+        await wait_for_url(f"{self.gateway_url}/v2/health/ready", "the gateway", self._check_alive)
+        await wait_for_workers(self.placer_url, set(self._workers), self._check_alive)
+
+    async def add_worker(self) -> str:
+        worker = self._spawn_worker()
+        await wait_for_workers(self.placer_url, {worker}, self._check_alive)
+        return worker
+
+    async def remove_worker(self, worker: str) -> None:
+        task, stop = self._services.pop(worker)
+        stop.set()
+        await task
+
+    def endpoints(self) -> dict[str, str]:
+        return {"placer": self.placer_url}
+
+    async def producer(self) -> Broker:
+        broker = MemoryBroker(self._exchange, "producer")
+        await broker.start()
+        return broker
+
+    async def watch(self) -> None:
+        while True:
+            tasks = [task for task, _ in self._services.values()]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            self._check_alive()
+
+    async def close(self) -> None:
+        for names in (self._workers, ["gateway", "placer"]):
+            running = [self._services.pop(name) for name in names if name in self._services]
+            for _, stop in running:
+                stop.set()
+            await asyncio.gather(*(task for task, _ in running), return_exceptions=True)
+
+    def _spawn_worker(self) -> str:
+        name = f"worker-{len(self._workers)}"
+        self._workers.append(name)
+        settings = self._settings("worker") | {
+            "ROOST_WORKER_WORKER_ID": name,
+            "ROOST_WORKER_DEVICE": self._config.device,
+            "ROOST_WORKER_THREADS": str(self._config.threads),
+        }
+        if self._config.budget_bytes is not None:
+            settings["ROOST_WORKER_BUDGET_BYTES"] = str(self._config.budget_bytes)
+        config = load(WorkerConfig, "WORKER", settings)
+        self._spawn(name, lambda stop, b, s: run_worker(config, stop, broker=b, store=s))
+        return name
+
+    def _spawn(
+        self,
+        name: str,
+        run: Callable[[asyncio.Event, MemoryBroker, MemoryStore], Awaitable[None]],
+    ) -> None:
+        stop = asyncio.Event()
+        broker, store = MemoryBroker(self._exchange, name), MemoryStore(self._state)
+
+        async def service() -> None:
+            await run(stop, broker, store)
+
+        self._services[name] = (asyncio.create_task(service(), name=name), stop)
+
+    def _settings(self, service: str) -> dict[str, str]:
+        data = self._config.data_dir
+        own = f"ROOST_{service.upper()}_"
+        return {
+            key: value
+            for key, value in self._config.settings.items()
+            if key.startswith(own)
+            or not key.startswith(("ROOST_GATEWAY_", "ROOST_PLACER_", "ROOST_WORKER_"))
+        } | {
+            "ROOST_REPOSITORY_URL": str(data / "repository"),
+            "ROOST_DATA_DIR": str(data / "services"),
+        }
+
+    def _check_alive(self) -> None:
+        for name, (task, _) in self._services.items():
+            if task.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    error = task.exception()
+                    raise StackFailed(f"{name} ended: {error!r}") from error

@@ -1,0 +1,177 @@
+"""The stack as it is run in earnest: each service a process, RabbitMQ and Redis their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import structlog
+
+from roost.local.ports import free_ports
+from roost.local.process import OwnedProcess, ServiceFailed, tail
+from roost.local.rabbit import RabbitNode
+from roost.local.redis import RedisNode
+from roost.stack.port import StackConfig, StackFailed
+from roost.stack.waiting import wait_for_url, wait_for_workers
+from shared.broker.amqp import AmqpBroker
+from shared.broker.policies import apply_policies
+from shared.broker.port import Broker
+
+log = structlog.get_logger(__name__)
+
+_KEPT_ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_HOME",
+)  # fmt: skip
+
+
+class ProcessStack:
+    """Private RabbitMQ and Redis, one placer, one gateway, N workers, each a process of ours."""
+
+    def __init__(self, config: StackConfig) -> None:
+        self._config = config
+        self._logs = config.data_dir / "logs"
+        self._rabbit: RabbitNode | None = None
+        self._redis: RedisNode | None = None
+        self._services: dict[str, tuple[OwnedProcess, dict[str, str]]] = {}
+        self._workers: list[str] = []
+        self.gateway_url = ""
+        self.placer_url = ""
+
+    async def start(self) -> None:
+        try:
+            await self._start()
+        except ServiceFailed as error:
+            raise StackFailed(str(error)) from error
+
+    async def _start(self) -> None:
+        config = self._config
+        for folder in (config.data_dir, self._logs, config.data_dir / "repository"):
+            folder.mkdir(parents=True, exist_ok=True)
+        # 1. The broker and the store; both need seconds, so side by side.
+        self._rabbit = RabbitNode(config.data_dir / "rabbitmq")
+        self._redis = RedisNode(config.data_dir / "redis")
+        await asyncio.gather(
+            asyncio.to_thread(self._rabbit.start), asyncio.to_thread(self._redis.start)
+        )
+        if self._rabbit.management_url:
+            await asyncio.to_thread(apply_policies, self._rabbit.management_url)
+        # 2. The services. They wait for one another by themselves; no order is needed.
+        port, placer_port = config.port, config.placer_port
+        if not port or not placer_port:
+            spare = free_ports(2)
+            port, placer_port = port or spare[0], placer_port or spare[1]
+        self.gateway_url = f"http://127.0.0.1:{port}"
+        self.placer_url = f"http://127.0.0.1:{placer_port}"
+        self._spawn("placer", {"ROOST_PLACER_PORT": str(placer_port)})
+        self._spawn("gateway", {"ROOST_GATEWAY_PORT": str(port)})
+        for _ in range(config.workers):
+            self._spawn_worker()
+        # 3. Ready is what answers, not what was started.
+        await wait_for_url(f"{self.placer_url}/readyz", "the placer", self._check_alive)
+        await wait_for_url(f"{self.gateway_url}/v2/health/ready", "the gateway", self._check_alive)
+        await wait_for_workers(self.placer_url, set(self._workers), self._check_alive)
+
+    async def add_worker(self) -> str:
+        worker = self._spawn_worker()
+        await wait_for_workers(self.placer_url, {worker}, self._check_alive)
+        return worker
+
+    async def remove_worker(self, worker: str) -> None:
+        process, _ = self._services.pop(worker)
+        await asyncio.to_thread(process.stop, 40.0)
+
+    async def producer(self) -> Broker:
+        assert self._rabbit is not None, "start() comes first"
+        broker = AmqpBroker(self._rabbit.amqp_url, "producer")
+        await broker.start()
+        return broker
+
+    def endpoints(self) -> dict[str, str]:
+        assert self._rabbit is not None, "start() comes first"
+        return {
+            "placer": self.placer_url,
+            "amqp": self._rabbit.amqp_url,
+            "rabbitmq management": self._rabbit.management_url or "off",
+        }
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of the services by name."""
+        return {name: process.pid for name, (process, _) in self._services.items()}
+
+    async def watch(self) -> None:
+        pause_s = 0.5
+        while True:
+            await asyncio.sleep(pause_s)
+            for name, (process, extra) in list(self._services.items()):
+                if process.returncode is not None:
+                    log.warning("service_ended", service=name, returncode=process.returncode)
+                    self._spawn(name, extra)
+                    pause_s = min(pause_s * 2, 10.0)
+
+    async def close(self) -> None:
+        # Workers first: they finish what they hold and give the rest back to a broker that is
+        # still there. The gateway before them would leave nobody to answer to.
+        order = [*self._workers, "gateway", "placer"]
+        workers = [self._services.pop(name)[0] for name in order[:-2] if name in self._services]
+        rest = [self._services.pop(name)[0] for name in order[-2:] if name in self._services]
+        await asyncio.gather(*(asyncio.to_thread(p.stop, 40.0) for p in workers))
+        await asyncio.gather(*(asyncio.to_thread(p.stop, 15.0) for p in rest))
+        for node in (self._redis, self._rabbit):
+            if node is not None:
+                with contextlib.suppress(ServiceFailed):
+                    await asyncio.to_thread(node.stop)
+
+    def _spawn_worker(self) -> str:
+        name = f"worker-{len(self._workers)}"
+        self._workers.append(name)
+        extra = {
+            "ROOST_WORKER_WORKER_ID": name,
+            "ROOST_WORKER_DEVICE": self._config.device,
+            "ROOST_WORKER_THREADS": str(self._config.threads),
+        }
+        if self._config.budget_bytes is not None:
+            extra["ROOST_WORKER_BUDGET_BYTES"] = str(self._config.budget_bytes)
+        self._spawn(name, extra)
+        return name
+
+    def _spawn(self, name: str, extra: dict[str, str]) -> None:
+        assert self._rabbit is not None
+        assert self._redis is not None
+        data = self._config.data_dir
+        service = name.partition("-")[0]
+        env = {key: os.environ[key] for key in _KEPT_ENVIRONMENT if key in os.environ}
+        env |= {
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "ROOST_AMQP_URL": self._rabbit.amqp_url,
+            "ROOST_REDIS_URL": self._redis.url,
+            "ROOST_REPOSITORY_URL": str(data / "repository"),
+            "ROOST_DATA_DIR": str(data / "services"),
+            "ROOST_LOG_FORMAT": "json",
+        }
+        env |= {k: v for k, v in self._config.settings.items() if _concerns(k, service)} | extra
+        process = OwnedProcess(
+            name,
+            [sys.executable, "-m", f"services.{service}"],
+            env=env,
+            cwd=data,
+            output=self._logs / f"{name}.log",
+        )
+        self._services[name] = (process, extra)
+
+    def _check_alive(self) -> None:
+        for name, (process, _) in self._services.items():
+            if process.returncode is not None:
+                raise StackFailed(
+                    f"{name} ended with {process.returncode}; its log ends with:\n"
+                    + tail(process.output)
+                )
+
+
+def _concerns(variable: str, service: str) -> bool:
+    """Whether a ROOST_… setting is this service's own, or common to all."""
+    others = {"gateway", "placer", "worker"} - {service}
+    return not variable.startswith(tuple(f"ROOST_{other.upper()}_" for other in others))

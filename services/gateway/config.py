@@ -1,0 +1,58 @@
+"""The gateway's settings, read once from `ROOST_GATEWAY_*` and the common `ROOST_*`."""
+
+from __future__ import annotations
+
+import re
+
+from shared.config import CommonConfig, ConfigError
+from shared.names import REPLY_QUEUE_PREFIX
+
+_INSTANCE = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+
+
+class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
+    host: str = "127.0.0.1"
+    """Loopback: who wants the network to reach the gateway says so (images do)."""
+    port: int = 8000
+    """Triton's HTTP port, where its clients look. 0 takes a free one."""
+    instance: str = ""
+    """Names the reply queue, and must differ between gateways. Empty: a new random one at each
+    start; a fixed one (a StatefulSet's pod name) keeps one queue across restarts."""
+    request_limit_bytes: int = 15 * 1024 * 1024
+    """RabbitMQ 4 takes messages of 16 MiB; the rest is for headers and to be safe. Counted
+    after decompression."""
+    upload_limit_bytes: int = 16 * 1024**3
+    """No model of the kind that shares a device is larger."""
+    upload_limit: int = 8
+    """Uploads at once: each has a file open and a thread now and then."""
+    default_timeout_s: float = 30.0
+    """Long enough for a cold start; half of what clients wait (60 s in tritonclient)."""
+    max_timeout_s: float = 300.0
+    """What a request may ask for. Beyond it a queue hides that nobody is there."""
+    model_inflight_limit: int = 1024
+    """Requests of one model between admission and answer: some seconds of work of a fast
+    model, and one model's flood leaves room for the others."""
+    inflight_bytes_limit: int = 256 * 1024 * 1024
+    """Request bodies held in memory, of all models together."""
+    body_timeout_s: float = 30.0
+    """From the headers to the last byte of a request; for an upload, between two reads."""
+    publish_timeout_s: float = 5.0
+    """How long the broker may take to confirm. Afterwards the answer is still awaited."""
+    reply_expires_s: float = 300.0
+    """The broker deletes the reply queue when no gateway has used it for so long."""
+    reply_prefetch: int = 512
+    """Replies on the way at once. They are acknowledged on receipt; this only bounds memory."""
+
+    stop_grace_s: float = 6.0
+    """How long requests under way may still be answered after SIGTERM; the rest gets 503.
+    Container engines kill after 10 s."""
+
+    @property
+    def reply_queue_instance(self) -> str:
+        """The configured instance, checked; empty when there is none."""
+        if self.instance and not _INSTANCE.match(self.instance):
+            raise ConfigError(
+                f"ROOST_GATEWAY_INSTANCE={self.instance!r}: 1 to 64 of A-Z a-z 0-9 . _ - "
+                f"are expected (it becomes part of the queue {REPLY_QUEUE_PREFIX}…)"
+            )
+        return self.instance

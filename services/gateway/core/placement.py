@@ -1,0 +1,66 @@
+"""Where models are, told in words: from the workers' reports to a line a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from shared.control import Report
+from shared.names import ModelId
+
+
+class Placement(msgspec.Struct):
+    """What the workers together say of one model version."""
+
+    device: list[str] = msgspec.field(default_factory=list)
+    """Workers that have it on their device."""
+    bound: list[str] = msgspec.field(default_factory=list)
+    """Workers that consume its queue."""
+    host: list[str] = msgspec.field(default_factory=list)
+    loading: list[str] = msgspec.field(default_factory=list)
+    failed: dict[str, str] = msgspec.field(default_factory=dict)
+    """Why it could not be loaded, by worker."""
+    device_bytes: int = 0
+    """Weights and workspace on all devices together."""
+
+    @property
+    def servable(self) -> bool:
+        """A registered model is, since it is loaded when asked, unless all who tried failed."""
+        return not self.failed or bool(self.device or self.loading)
+
+    def __str__(self) -> str:
+        """E.g. `on device of 2 workers`, `host memory`, `disk`."""
+        if not self.servable:
+            return "cannot be loaded: " + next(iter(self.failed.values()))
+        if self.device:
+            return f"on device of {len(self.device)} worker" + "s" * (len(self.device) > 1)
+        where = "host memory" if self.host else "disk"
+        return f"{where}, loading" if self.loading else where
+
+
+UNPLACED = Placement()
+"""Of a model that no worker mentions: it is on disk."""
+
+
+def placements(reports: Iterable[Report]) -> dict[ModelId, Placement]:
+    """By model version, of all that any worker mentions. A worker whose engine is down has
+    nothing on its device."""
+    found: dict[ModelId, Placement] = {}
+    for report in reports:
+        for model in report.models:
+            place = found.setdefault(model.model, Placement())
+            if model.phase == "failed":
+                place.failed[report.worker] = model.error or "the worker gave no reason"
+            elif model.phase == "loading":
+                place.loading.append(report.worker)
+            elif model.tier == "device" and report.engine_up:
+                place.device.append(report.worker)
+                place.device_bytes += (
+                    model.footprint.weights_bytes + model.footprint.workspace_bytes
+                )
+            if model.tier == "host":
+                place.host.append(report.worker)
+            if model.bound:
+                place.bound.append(report.worker)
+    return found

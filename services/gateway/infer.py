@@ -1,0 +1,209 @@
+"""One inference request, from its headers to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import Final
+
+import msgspec
+import structlog
+
+from services.gateway.body import ClientGone, Held, Receive, Rejected, read_body
+from services.gateway.config import GatewayConfig
+from services.gateway.core.admission import Admission
+from services.gateway.hangup import watching_for_hangup
+from services.gateway.metrics import Metrics
+from services.gateway.rpc import Call, Rpc
+from shared import v2
+from shared.broker.port import HeaderValue, Message
+from shared.catalog import Catalog
+from shared.errors import STATUS, Internal, InvalidRequest, Overloaded, RoostError
+from shared.models import Manifest
+from shared.names import (
+    HEADER_BATCH,
+    HEADER_CODE,
+    HEADER_COMPUTE_US,
+    HEADER_DEADLINE,
+    HEADER_LENGTH,
+    HEADER_QUEUE_US,
+    HEADER_RETRYABLE,
+    check_name,
+    check_version,
+)
+
+log = structlog.get_logger(__name__)
+
+_LENGTH_KEY: Final = HEADER_LENGTH.lower().encode()
+_DEADLINE_KEY: Final = HEADER_DEADLINE.encode()
+_TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
+_TOLD: Final = tuple(
+    (name, name.encode()) for name in (HEADER_QUEUE_US, HEADER_COMPUTE_US, HEADER_BATCH)
+)
+_RETRY_AFTER_S: Final = 1
+"""What a client is told when the worker, or the broker, refuses and knows no better."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What goes back over HTTP."""
+
+    status: int
+    body: bytes
+    headers: list[tuple[bytes, bytes]] = []
+
+
+class Inference:
+    """Takes inference requests in. One object per gateway."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        catalog: Catalog,
+        admission: Admission,
+        rpc: Rpc,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._admission = admission
+        self._rpc = rpc
+        self._metrics = metrics
+        self._limits = v2.Limits(body_bytes=config.request_limit_bytes)
+
+    async def answer(
+        self, name: str, version: str | None, headers: dict[bytes, bytes], receive: Receive
+    ) -> Answer:
+        """The answer to one request. Raises `RoostError` for every refusal, and `ClientGone`
+        when there is nobody left to answer. `headers` are ASGI's: lower case, latin-1."""
+        started = time.monotonic()
+        model = ""  # as a metric's label: only what the registry knows
+        code = "internal"
+        held = Held(self._admission)
+        try:
+            # 1. Look up: the name first, so that rubbish costs no reading.
+            manifest = await self._look_up(name, version)
+            model = manifest.name
+            # 2. Read.
+            config = self._config
+            body = await read_body(
+                receive,
+                headers,
+                held,
+                limit_bytes=config.request_limit_bytes,
+                timeout_s=config.body_timeout_s,
+            )
+            # 3. Check: what cannot succeed ends here, before it costs a queue or a device.
+            call = self._checked(manifest, version, headers, body, started)
+            # 4. Admit.
+            self._admit(model)
+            # 5. Publish and await.
+            answered = False
+            try:
+                async with watching_for_hangup(receive):
+                    reply = await self._rpc.call(call)
+                answered = True
+            finally:
+                self._leave(model, answered=answered)
+            # 6. Answer.
+            answer, code = _answer_of(reply)
+            return answer
+        except RoostError as error:
+            code = error.code
+            if isinstance(error, Overloaded):
+                self._metrics.rejected(getattr(error, "reason", "queue_full"))
+                if error.retry_after_s is None:
+                    error.retry_after_s = self._admission.retry_after_s(model, time.monotonic())
+            raise
+        except ClientGone:
+            code = "client_closed"
+            raise
+        finally:
+            held.release()
+            self._metrics.answered(model, code, time.monotonic() - started)
+
+    async def _look_up(self, name: str, version: str | None) -> Manifest:
+        wanted = None if version is None else check_version(version)
+        return await self._catalog.get(check_name(name), wanted)
+
+    def _checked(
+        self,
+        manifest: Manifest,
+        version: str | None,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        started: float,
+    ) -> Call:
+        header_length = v2.parse_header_length(headers.get(_LENGTH_KEY))
+        raw_input = v2.raw_input_of(manifest) if header_length == 0 else None
+        request = v2.decode_request(body, header_length, self._limits, raw_input=raw_input)
+        v2.check_inputs(request, manifest)
+        if header_length == 0:
+            # Workers need not know of raw requests: this one gets the header that it left out.
+            body, header_length = v2.encode_request(request)
+        priority = v2.priority(request.parameters)
+        forwarded: dict[str, HeaderValue] = {}
+        trace = headers.get(b"traceparent")
+        if trace is not None and _TRACEPARENT.match(trace):
+            forwarded["traceparent"] = trace.decode()
+        return Call(
+            routing_key=manifest.name if version is None else manifest.id,
+            body=body,
+            header_length=header_length,
+            deadline=self._deadline(request, headers, started),
+            # The protocol's 1 is the most urgent; in AMQP the greater number is.
+            priority=max(10 - priority, 1) if priority else 0,
+            headers=forwarded,
+        )
+
+    def _deadline(
+        self, request: v2.InferRequest, headers: dict[bytes, bytes], started: float
+    ) -> float:
+        """On the event loop's clock: the earliest of what body and headers ask for, else the
+        default; never beyond the configured maximum."""
+        wished: list[float] = []
+        timeout_us = v2.timeout_us(request.parameters)
+        if timeout_us is not None:
+            wished.append(timeout_us / 1e6 - (time.monotonic() - started))
+        told = headers.get(_DEADLINE_KEY)
+        if told is not None:
+            if not told.isdigit() or len(told) > 15:
+                raise InvalidRequest(
+                    f"header {HEADER_DEADLINE} must be a Unix time in milliseconds"
+                )
+            wished.append(int(told) / 1000 - time.time())
+        remaining_s = min(*wished, self._config.max_timeout_s) if wished else None
+        if remaining_s is None:
+            remaining_s = self._config.default_timeout_s
+        return asyncio.get_running_loop().time() + remaining_s
+
+    def _admit(self, model: str) -> None:
+        rejection = self._admission.enter(model, time.monotonic())
+        if rejection is not None:
+            raise Rejected(rejection)
+        self._metrics.in_flight.inc()
+
+    def _leave(self, model: str, *, answered: bool) -> None:
+        self._admission.leave(model, time.monotonic(), answered=answered)
+        self._metrics.in_flight.dec()
+
+
+def _answer_of(reply: Message) -> tuple[Answer, str]:
+    """The worker's (or placer's) reply as HTTP, and its code."""
+    told = reply.headers
+    code = told.get(HEADER_CODE)
+    if code == "ok":
+        length = told.get(HEADER_LENGTH)
+        kind = b"application/json" if length is None else b"application/octet-stream"
+        headers = [(b"content-type", kind)]
+        if length is not None:
+            headers.append((_LENGTH_KEY, str(length).encode()))
+        headers += [(key, str(told[name]).encode()) for name, key in _TOLD if name in told]
+        return Answer(200, reply.body, headers), "ok"
+    if not isinstance(code, str) or code not in STATUS or v2.error_message(reply.body) is None:
+        log.error("malformed_reply", code=repr(code)[:60], body=repr(reply.body[:200]))
+        raise Internal("the reply to this request is malformed")
+    headers = [(b"content-type", b"application/json"), (HEADER_CODE.encode(), code.encode())]
+    if told.get(HEADER_RETRYABLE):
+        headers.append((b"retry-after", str(_RETRY_AFTER_S).encode()))
+    return Answer(STATUS[code], reply.body, headers), code

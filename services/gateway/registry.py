@@ -1,0 +1,123 @@
+"""Changes to the registry: files come in, versions are registered and removed.
+
+Two steps, as container registries have it: the file first, addressed by its digest, then the
+version that names it. Each can be repeated after a lost answer without harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+import structlog
+
+from services.gateway.metrics import Metrics
+from shared.blobs import check_digest
+from shared.catalog import Catalog
+from shared.errors import InvalidRequest, Overloaded
+from shared.models import Manifest, ModelSpec
+from shared.repository import Repository
+from shared.store.port import TOPIC_REGISTRY, Store, StoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+
+class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a client says when it registers a version."""
+
+    digest: str
+    """Of a file that was uploaded before."""
+    spec: ModelSpec = ModelSpec()
+
+
+_registrations = msgspec.json.Decoder(Registration)
+
+
+def decode_registration(body: bytes) -> Registration:
+    """Raises `InvalidRequest` that says what is wrong and where."""
+    try:
+        return _registrations.decode(body)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise InvalidRequest(f"the registration is not valid: {str(error)[:300]}") from None
+
+
+class Registry:
+    """Writes to the repository, in threads, and tells the other services."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        catalog: Catalog,
+        store: Store,
+        metrics: Metrics,
+        upload_limit: int,
+    ) -> None:
+        self._repository = repository
+        self._catalog = catalog
+        self._store = store
+        self._metrics = metrics
+        self._upload_limit = upload_limit
+        self._uploads = 0
+
+    async def blob_size(self, digest: str) -> int | None:
+        """None when there is no such file."""
+        if not await asyncio.to_thread(self._repository.has_blob, digest):
+            return None
+        return await asyncio.to_thread(self._repository.blob_size, digest)
+
+    async def upload(self, digest: str, pieces: AsyncIterator[bytes]) -> int:
+        """Keeps the file if it has this digest, and returns its size.
+
+        The next piece is asked for when the last is written: a slow disk slows the sender.
+        Raises `InvalidRequest` when the digest differs (nothing is kept), `Overloaded`, and
+        what `pieces` raises.
+        """
+        if self._uploads >= self._upload_limit:
+            raise Overloaded(f"{self._uploads} uploads are under way already", retry_after_s=5)
+        self._uploads += 1
+        try:
+            with await asyncio.to_thread(self._repository.open_blob_writer) as writer:
+                async for piece in pieces:
+                    await asyncio.to_thread(writer.write, piece)
+                _, size = await asyncio.to_thread(writer.commit, digest)
+        finally:
+            self._uploads -= 1
+        self._metrics.uploaded(size)
+        log.info("blob_stored", digest=digest, size_bytes=size)
+        return size
+
+    async def register(
+        self, name: str, version: int | None, registration: Registration
+    ) -> Manifest:
+        """Registers a version (None: the next). The same again gives the same manifest.
+
+        Raises `InvalidRequest` (no such file, or not a model), `AlreadyExists`."""
+        digest = check_digest(registration.digest)
+        manifest = await asyncio.to_thread(
+            self._repository.register, name, version, registration.spec, digest
+        )
+        log.info("model_registered", model=manifest.id, digest=digest)
+        await self._changed(name)
+        return manifest
+
+    async def remove(self, name: str, version: int | None) -> None:
+        """Removes one version, or all. Raises `ModelNotFound`."""
+        await asyncio.to_thread(self._repository.remove, name, version)
+        log.info("model_removed", model=name, version=version)
+        await self._changed(name)
+        if version is None:
+            self._metrics.forget(name)
+
+    async def follow_changes(self) -> None:
+        """Forgets what other gateways changed. Never returns."""
+        async for _ in self._store.hints(TOPIC_REGISTRY):
+            self._catalog.invalidate(None)
+
+    async def _changed(self, name: str) -> None:
+        self._catalog.invalidate(name)
+        try:
+            await self._store.hint(TOPIC_REGISTRY)
+        except StoreUnavailable as error:
+            # The registry is not in the store: the others see it when their caches expire.
+            log.warning("registry_hint_lost", error=str(error))

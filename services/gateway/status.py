@@ -1,0 +1,160 @@
+"""What the gateway tells of models: metadata, configuration, readiness, the repository index.
+
+All of it from the registry, which is durable; where models are is added from the workers'
+reports, and left out while the store is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Final
+
+import structlog
+
+from services.gateway.core.placement import UNPLACED, Placement, placements
+from shared.catalog import Catalog
+from shared.models import Manifest, TensorSpec
+from shared.names import ModelId
+from shared.repository import Repository
+from shared.store.port import Store, StoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+NAME: Final = "roost"
+VERSION: Final = "0.1.0"
+EXTENSIONS: Final = (
+    "binary_tensor_data",
+    "model_configuration",
+    "parameters",
+    "schedule_policy",
+)
+"""The protocol's extensions that are there, by the names that clients look for."""
+PLATFORM: Final = {"torchscript": "pytorch_libtorch"}
+_REPORTS_TTL_S: Final = 0.5
+"""Pollers of readiness must not become load on the store."""
+
+
+class Status:
+    """Answers about models, as plain data for JSON."""
+
+    def __init__(self, repository: Repository, catalog: Catalog, store: Store) -> None:
+        self._repository = repository
+        self._catalog = catalog
+        self._store = store
+        self._placements: dict[ModelId, Placement] | None = None
+        self._read_at = 0.0
+
+    def server(self) -> dict[str, Any]:
+        return {"name": NAME, "version": VERSION, "extensions": list(EXTENSIONS)}
+
+    async def metadata(self, name: str, version: int | None) -> dict[str, Any]:
+        """The protocol's model metadata. Raises `ModelNotFound`."""
+        manifest = await self._catalog.get(name, version)
+        versions = (
+            [version]
+            if version is not None
+            else await asyncio.to_thread(self._repository.versions, name)
+        )
+        batched = manifest.max_batch_size > 0
+        return {
+            "name": manifest.name,
+            "versions": [str(each) for each in versions],
+            "platform": PLATFORM[manifest.format],
+            "inputs": [_tensor(spec, batched=batched) for spec in manifest.inputs or ()],
+            "outputs": [_tensor(spec, batched=batched) for spec in manifest.outputs or ()],
+        }
+
+    async def configuration(self, name: str, version: int | None) -> dict[str, Any]:
+        """Triton's ModelConfig, as far as it says something here. Raises `ModelNotFound`."""
+        manifest = await self._catalog.get(name, version)
+        config: dict[str, Any] = {
+            "name": manifest.name,
+            "platform": PLATFORM[manifest.format],
+            "backend": "pytorch",
+            "version_policy": {"latest": {"num_versions": 1}},
+            "max_batch_size": manifest.max_batch_size,
+            "input": [
+                _config_tensor(spec) | {"optional": spec.optional} for spec in manifest.inputs or ()
+            ],
+            "output": [_config_tensor(spec) for spec in manifest.outputs or ()],
+            "parameters": {
+                key: {"string_value": str(value)} for key, value in manifest.parameters.items()
+            },
+        }
+        if manifest.max_batch_size:
+            config["dynamic_batching"] = {
+                "max_queue_delay_microseconds": manifest.max_queue_delay_us
+            }
+        return config
+
+    async def readiness(self, name: str, version: int | None) -> tuple[bool, str]:
+        """Whether a request can be answered, and where the model is or why not. A model on
+        disk is ready: the request itself brings it in. Raises `ModelNotFound`."""
+        manifest = await self._catalog.get(name, version)
+        where = await self._where()
+        if where is None:
+            return True, ""
+        place = where.get(manifest.id, UNPLACED)
+        return place.servable, str(place)
+
+    async def index(self, *, ready_only: bool) -> list[dict[str, Any]]:
+        """The repository index: every version of every model."""
+        where = await self._where()
+        manifests = await self._catalog.ids()
+        items = [_index_item(manifest, where) for manifest in manifests]
+        return [item for item in items if not ready_only or item["state"] == "READY"]
+
+    async def detail(self, name: str) -> dict[str, Any]:
+        """All that is known of one model, by version. Raises `ModelNotFound`."""
+        await self._catalog.get(name, None)  # raises when there is none
+        versions = await asyncio.to_thread(self._repository.versions, name)
+        where = await self._where()
+        found = []
+        for version in versions:
+            manifest = await self._catalog.get(name, version)
+            place = (where or {}).get(manifest.id, UNPLACED)
+            found.append(
+                {
+                    **_index_item(manifest, where),
+                    "manifest": manifest,
+                    "device": place.device,
+                    "bound": place.bound,
+                    "device_bytes": place.device_bytes,
+                    "failed": place.failed,
+                }
+            )
+        return {"name": name, "versions": found}
+
+    async def _where(self) -> dict[ModelId, Placement] | None:
+        """None while the store is away."""
+        now = time.monotonic()
+        if self._placements is None or now - self._read_at > _REPORTS_TTL_S:
+            try:
+                self._placements = placements(await self._store.reports())
+            except StoreUnavailable as error:
+                log.warning("reports_unavailable", error=str(error))
+                self._placements = None
+            self._read_at = now
+        return self._placements
+
+
+def _index_item(manifest: Manifest, where: dict[ModelId, Placement] | None) -> dict[str, Any]:
+    place = (where or {}).get(manifest.id, UNPLACED)
+    return {
+        "name": manifest.name,
+        "version": str(manifest.version),
+        "state": "READY" if place.servable else "UNAVAILABLE",
+        "reason": str(place) if where is not None else "",
+        "size_bytes": manifest.size_bytes,
+    }
+
+
+def _tensor(spec: TensorSpec, *, batched: bool) -> dict[str, Any]:
+    shape = [-1, *spec.shape] if batched else list(spec.shape)
+    return {"name": spec.name, "datatype": spec.datatype, "shape": shape}
+
+
+def _config_tensor(spec: TensorSpec) -> dict[str, Any]:
+    kind = "STRING" if spec.datatype == "BYTES" else spec.datatype
+    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": list(spec.shape)}

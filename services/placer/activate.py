@@ -1,0 +1,229 @@
+"""The reflex: what no queue takes falls through to here, and activates its model at once.
+
+A first request costs no tick: the model's queue is declared, a worker chosen and told, and the
+request put into the queue, where it waits for the worker. However many arrive at once, each
+model is activated once. What cannot be served is answered with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable
+
+import structlog
+
+from services.placer.apply import Applier
+from services.placer.core.plan import Plan, place_one
+from services.placer.knowledge import Active, Knowledge
+from services.placer.metrics import Metrics
+from services.placer.replies import answer, check_deadline, forwarded
+from shared.broker.port import (
+    Broker,
+    BrokerUnavailable,
+    Delivery,
+    Message,
+    PublishUncertain,
+    Unroutable,
+)
+from shared.catalog import Catalog
+from shared.errors import Internal, InvalidRequest, ModelNotFound, RoostError, from_code
+from shared.models import Footprint, Manifest
+from shared.names import ModelId, check_name, model_queue, split_model_id
+from shared.repository import Repository
+from shared.store.port import StoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+_RETRY_S = 0.3
+_LATE_S = 1.0
+"""Requests that still fall through this long after their route was bound: it is not there."""
+
+
+class Activator:
+    """Handles the deliveries of `names.UNROUTED`."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        catalog: Catalog,
+        repository: Repository,
+        knowledge: Knowledge,
+        applier: Applier,
+        metrics: Metrics,
+    ) -> None:
+        self._broker = broker
+        self._catalog = catalog
+        self._repository = repository
+        self._knowledge = knowledge
+        self._applier = applier
+        self._metrics = metrics
+        self._activating: dict[ModelId, asyncio.Task[None]] = {}
+
+    async def handle(self, delivery: Delivery) -> None:
+        """One unrouted message: forwarded, answered with an error, dead-lettered, or (when
+        broker or store are away for longer than it can wait) given back. Never raises."""
+        try:
+            if delivery.malformed:
+                self._metrics.malformed.inc()
+                await delivery.dead_letter(delivery.malformed)
+                return
+            await self._serve(delivery)
+        except (BrokerUnavailable, PublishUncertain) as error:
+            # Not answered; a second copy is better than none. The pause keeps what cannot be
+            # passed on now from going in circles.
+            log.info("request_given_back", routing_key=delivery.routing_key[:200], why=str(error))
+            await asyncio.sleep(_RETRY_S)
+            await self._quietly(delivery.requeue())
+        except RoostError as error:
+            # Not even an answer was possible: the message is evidence, and is kept.
+            await self._quietly(delivery.dead_letter(f"{error.code}: {error.message}"))
+        except Exception:
+            log.exception("activation_failed", routing_key=delivery.routing_key[:200])
+            await self._quietly(answer(self._broker, delivery, _FAULT, self._metrics))
+
+    async def activate(self, manifest: Manifest, why: str = "first request") -> None:
+        """Makes the model active, with a queue, and a worker if there is room: otherwise the
+        plan finds one later. One activation of a model at a time; others wait for it. Raises
+        why it can never be served by the workers that are there; `StoreUnavailable`,
+        `BrokerUnavailable`."""
+        model = manifest.id
+        active = self._knowledge.active.get(model)
+        if active is not None and active.declared and self._knowledge.copies(model):
+            return
+        task = self._activating.get(model)
+        if task is None:
+            task = asyncio.create_task(self._activate(manifest, why), name=f"activate {model}")
+            self._activating[model] = task
+            task.add_done_callback(lambda done: self._activated(model, done))
+        # A caller that is cancelled must not cancel what others wait for.
+        await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Ends what is under way; what it was for comes again."""
+        tasks = list(self._activating.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- parts ------------------------------------------------------------------------------
+
+    async def _serve(self, delivery: Delivery) -> None:
+        began = time.perf_counter()
+        while True:
+            try:
+                check_deadline(delivery.message)
+                manifest = await self._manifest(delivery.routing_key)
+                new = not self._knowledge.copies(manifest.id)
+                await self.activate(manifest)
+                if new:
+                    self._metrics.reflex_seconds.observe(time.perf_counter() - began)
+                await self._forward(manifest.id, delivery.message)
+            except StoreUnavailable:
+                # No assignment can be told to anybody: the request waits here, while it can.
+                await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))  # noqa: S311
+                continue
+            except (BrokerUnavailable, PublishUncertain):
+                raise
+            except RoostError as error:
+                if isinstance(error, ModelNotFound | InvalidRequest):
+                    self._metrics.unknown.inc()
+                await answer(self._broker, delivery, error, self._metrics)
+                return
+            await delivery.ack()
+            self._metrics.forwarded.inc()
+            return
+
+    async def _manifest(self, routing_key: str) -> Manifest:
+        """The model that a routing key names. Raises `InvalidRequest`, `ModelNotFound`."""
+        if "/" in routing_key:
+            name, version = split_model_id(routing_key)
+            manifest = await self._catalog.get(name, version)
+        else:
+            manifest = await self._catalog.get(check_name(routing_key))
+            if manifest.id in self._knowledge.active:
+                self._knowledge.defaults[manifest.name] = manifest.version
+        return manifest
+
+    def _activated(self, model: ModelId, done: asyncio.Task[None]) -> None:
+        del self._activating[model]
+        if not done.cancelled():
+            done.exception()  # seen, even when everybody who waited for it has left
+
+    async def _activate(self, manifest: Manifest, why: str) -> None:
+        model = manifest.id
+        async with self._applier.lock(model):
+            known = self._knowledge.active.get(model)
+            newest = await self._catalog.get(manifest.name)
+            if known is None or not known.declared:
+                sizes = await self._sizes(model)
+                # Before anything is made for it: can it be served at all?
+                self._place(manifest, sizes, dry=True)
+                await self._applier.open_queue(model)
+                known = self._knowledge.activate(model, manifest, why=why)
+                known.declared = True
+                known.known = {**sizes, **known.known}
+                self._knowledge.defaults[manifest.name] = newest.version
+                self._metrics.activations.inc()
+            plan = self._place(manifest, known.known)
+            touched = self._knowledge.commit(plan)
+            self._metrics.evictions.inc(len(plan.unbind))
+        for worker in touched:
+            try:
+                await self._applier.write_one(worker)
+            except (RoostError, TimeoutError) as error:
+                # It is wanted now, and the next cycle writes it.
+                log.warning("not_applied", what="reflex", of=worker, error=str(error) or "timeout")
+
+    def _place(self, manifest: Manifest, sizes: dict[str, Footprint], *, dry: bool = False) -> Plan:
+        """Raises when no worker that is there can ever serve the model."""
+        newcomer = Active(manifest)
+        newcomer.known = sizes
+        plan = place_one(
+            self._knowledge.view((manifest.id, newcomer)), manifest.id, self._knowledge.policy
+        )
+        for refused in plan.refused:
+            if not dry or refused.permanent:
+                self._metrics.refusals.labels(refused.refusal.reason).inc()
+                self._knowledge.note("refused", manifest.id, why=str(refused.refusal))
+            if refused.permanent:
+                raise from_code(refused.code, f"{manifest.id} cannot be placed: {refused.refusal}")
+        return plan
+
+    async def _sizes(self, model: ModelId) -> dict[str, Footprint]:
+        """What was measured of the model on the kinds of device that are there."""
+        sizes = {}
+        for kind in self._knowledge.device_kinds():
+            profile = await asyncio.to_thread(self._repository.profile, model, kind)
+            if profile is not None:
+                workspace = max(profile.workspace_bytes.values(), default=0)
+                sizes[kind] = Footprint(profile.weights_bytes, workspace)
+        return sizes
+
+    async def _forward(self, model: ModelId, message: Message) -> None:
+        queue = model_queue(model)
+        # Before it is there: a depth that is read meanwhile must not count as "nothing waits".
+        self._knowledge.wait(model)
+        active = self._knowledge.active.get(model)
+        if active is not None and active.bound_keys:
+            lost = self._knowledge.clock() - active.routed_at > _LATE_S
+            if lost and model in self._knowledge.consumers:
+                active.bound_keys = None  # the broker may have lost its routes: bind them again
+        try:
+            await self._broker.publish("", queue, forwarded(message))
+        except Unroutable:
+            async with self._applier.lock(model):
+                await self._applier.open_queue(model)
+            await self._broker.publish("", queue, forwarded(message))
+        self._knowledge.wait(model)
+
+    async def _quietly(self, last: Awaitable[None]) -> None:
+        """The last thing to be tried with a message: if it fails, the message comes again."""
+        try:
+            await last
+        except RoostError as error:
+            log.info("message_kept_by_broker", error=str(error))
+
+
+_FAULT = Internal("the placer failed on this request; its log says why")

@@ -1,0 +1,134 @@
+"""The placer, put together: parts, named tasks in one group, and the order of the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Callable
+
+import structlog
+
+from services.placer.config import PlacerConfig
+from services.placer.http import PlacerHttp
+from services.placer.lease import Lease
+from services.placer.metrics import Metrics
+from services.placer.scale import Scale
+from services.placer.term import Term
+from shared.broker.policies import apply_policies, vhost_of
+from shared.broker.port import Broker
+from shared.catalog import Catalog
+from shared.connect import open_broker, open_store
+from shared.errors import Unavailable
+from shared.http import serve
+from shared.repository import Repository
+from shared.store.port import Store, StoreUnavailable
+from shared.supervise import Backoff, guard
+
+log = structlog.get_logger(__name__)
+
+
+async def run(
+    config: PlacerConfig,
+    stop: asyncio.Event,
+    *,
+    broker: Broker | None = None,
+    store: Store | None = None,
+    on_ready: Callable[[int], None] | None = None,
+) -> None:
+    """Decides, or stands by, until `stop` is set; then lets the next placer in and returns.
+
+    `on_ready` gets the port of its HTTP once that listens; `/readyz` tells whether broker and
+    store answer. Broker and store are opened from the configuration unless handed in, and are
+    started and closed here either way.
+    """
+    instance = config.instance or uuid.uuid4().hex[:12]
+    broker = broker or open_broker(config.amqp_url, f"placer-{instance}")
+    store = store or open_store(config.redis_url)
+    repository = Repository(config.repository_url)
+    catalog = Catalog(repository)
+    metrics = Metrics()
+    scale = Scale(metrics)
+    lease = Lease(
+        store, f"placer-{instance}", ttl_s=config.lease_ttl_s, renew_s=config.lease_renew_s
+    )
+    http = PlacerHttp(broker, lease, catalog, scale, metrics)
+
+    async def lead_when_elected() -> None:
+        await broker.start()
+        while True:
+            await lease.held.wait()
+            term = Term(config, broker, store, lease, repository, catalog, scale, metrics)
+            http.term = term
+            metrics.leading.set(1)
+            metrics.bindings = term.knowledge.bindings
+            try:
+                await _until(lease.lost, term)
+            finally:
+                http.term = None
+                metrics.leading.set(0)
+                metrics.bindings = tuple
+
+    async def keep_lease() -> None:
+        try:
+            await store.start()
+        except StoreUnavailable as error:
+            log.warning("store_unavailable", error=str(error))
+        await lease.keep()
+
+    def started(port: int) -> None:
+        log.info("placer_listening", host=config.host, port=port, instance=instance)
+        if on_ready is not None:
+            on_ready(port)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            background = [
+                group.create_task(guard(task, name), name=name)
+                for name, task in (
+                    ("lease", keep_lease),
+                    ("lead", lead_when_elected),
+                    ("policies", lambda: _keep_policies(config)),
+                )
+            ]
+            await serve(http.app, config.host, config.port, stop, started, grace_s=1)
+            for task in background:
+                task.cancel()
+    finally:
+        # The term has ended: nothing more is written, and the next placer may begin.
+        await lease.release()
+        await broker.close()
+        await store.close()
+        log.info("placer_stopped", instance=instance)
+
+
+async def _until(lost: asyncio.Event, term: Term) -> None:
+    """Runs the term until the lease is lost."""
+    running = asyncio.create_task(term.run(), name="term")
+    losing = asyncio.create_task(lost.wait(), name="lease lost")
+    try:
+        await asyncio.wait({running, losing}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await running  # it never ends by itself but by an error
+    finally:
+        losing.cancel()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+
+async def _keep_policies(config: PlacerConfig) -> None:
+    """Lays down the limits of queues, once the management API answers."""
+    backoff = Backoff(0.5, 30.0)
+    while config.management_url:
+        try:
+            await asyncio.to_thread(
+                apply_policies, config.management_url, vhost_of(config.amqp_url)
+            )
+        except Unavailable as error:
+            log.warning("policies_not_applied", error=str(error))
+            await asyncio.sleep(backoff.next())
+        else:
+            log.info("policies_applied")
+            break
+    await asyncio.Event().wait()

@@ -1,0 +1,59 @@
+"""Every number by which the placer decides, with its unit and the reason for its default."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """Times are in seconds, demand in device-seconds per second (1.0 keeps one device busy)."""
+
+    target_utilization: float = 0.7
+    """A copy is meant to be this busy; the rest is room for bursts."""
+    release_utilization: float = 0.6
+    """A copy is surplus when the others would stay below this: less than the target, so that
+    what was just added is not surplus at once."""
+    hold_down_s: float = 10.0
+    """A copy is surplus for this long before it is unbound."""
+    hold_down_loads: float = 20.0
+    """... and for at least this many times what loading it cost."""
+    step_up_min: int = 2
+    """This many copies of one model may be on their way at once, in a fleet of any size."""
+    step_up_share: float = 1 / 3
+    """... or this share of the workers: fast for a spike, without turning the whole fleet."""
+    deactivate_after_s: float = 600.0
+    """A model that nobody asked for this long is unbound and its queue deleted."""
+    victim_idle_s: float = 1.0
+    """A model may make room for another when nobody asked it for this long: short, since a
+    request that waits counts more than one that may come."""
+    victim_min_age_s: float = 2.0
+    """... and its binding is older than this, so that newcomers do not evict each other."""
+    victim_min_age_loads: float = 10.0
+    """... and older than this many times what loading it cost: churn cannot eat the fleet."""
+    fast_tau_s: float = 1.0
+    """Time constant of the fast arrival rate: sees a spike."""
+    slow_tau_s: float = 60.0
+    """Time constant of the slow arrival rate: remembers the model's usual traffic."""
+    shortest_horizon_s: float = 0.2
+    """A backlog is meant to be worked off in half the model's latency target, but never
+    faster than this: one tick."""
+    unknown_load_s: float = 1.0
+    """Load time of a model that nobody has loaded yet."""
+    host_load_share: float = 0.3
+    """What loading from host memory takes, of loading from disk."""
+    load_weight: float = 1.0
+    """One second of loading weighs as much as this much utilization of a device."""
+    memory_weight: float = 0.1
+    """A full worker weighs this much more than an empty one: spreads what is otherwise equal."""
+    retry_failed_s: float = 10.0
+    """A worker that failed to load a model is not asked again for this long."""
+    engine_grace_s: float = 5.0
+    """A worker whose engine is down keeps its bindings for this long: engines restart."""
+    grow_above: float = 0.85
+    """More workers are wanted when demand exceeds this share of the fleet."""
+    grow_after_s: float = 0.6
+    """... for this long: three ticks."""
+    shrink_below: float = 0.5
+    """Fewer workers are wanted when demand is below this share of one worker fewer."""
+    shrink_after_s: float = 120.0
+    """... for this long."""

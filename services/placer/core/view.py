@@ -1,0 +1,183 @@
+"""What the placer decides on: a snapshot of workers and active models. Data only.
+
+Times are seconds of one clock that only grows (the caller's); ages in reports are converted
+by whoever builds a view. A view is never changed: `applied` gives the view after a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from shared.control import ModelReport
+from shared.models import Footprint
+from shared.names import ModelId
+
+if TYPE_CHECKING:
+    from services.placer.core.plan import Plan
+
+
+class Demand(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked of one model."""
+
+    rate_fast: float = 0.0
+    """Requests per second, over about the last second."""
+    rate_slow: float = 0.0
+    """Requests per second, over about the last minute."""
+    seconds_per_item: float = 0.0
+    """Device seconds per request at the batch size it reaches. 0: not measured yet."""
+    ready: int = 0
+    """Messages that wait in the broker, as far as it was asked."""
+    held: int = 0
+    """Messages that workers have taken and not yet answered."""
+    need: float = 0.0
+    """Device-seconds per second that would serve all this in time."""
+    last_active: float = 0.0
+    """When anything was last asked of it."""
+
+    @property
+    def backlog(self) -> int:
+        return self.ready + self.held
+
+
+class Binding(msgspec.Struct, frozen=True):
+    """That a worker is to consume a model's queue, since when and why."""
+
+    since: float
+    reason: str = ""
+
+
+class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """One active model: it has a queue, and is to have at least one binding."""
+
+    model: ModelId
+    size_bytes: int = 0
+    min_copies: int = 0
+    max_copies: int | None = None
+    stateful: bool = False
+    priority: int = 0
+    demand: Demand = Demand()
+    waiting: bool = False
+    """Requests were put into its queue, and no worker has been seen consuming it since."""
+    known: Mapping[str, Footprint] = {}
+    """Footprints measured earlier, by kind of device."""
+    load_seconds: float = 0.0
+    """The longest that a worker took to load it. 0: not known."""
+    low_since: float | None = None
+    """Since when one copy fewer would do."""
+
+    def copies_limit(self, workers: int) -> int:
+        if self.stateful:
+            return min(1, workers)
+        return workers if self.max_copies is None else min(workers, self.max_copies)
+
+
+class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker that reports."""
+
+    worker: str
+    device_kind: str = "cpu"
+    budget_bytes: int
+    takes_new: bool = True
+    """Neither draining nor without its engine."""
+    serves: bool = True
+    """Its bindings count. False when it is draining, or its engine has been down for long."""
+    assigned: Mapping[ModelId, Binding] = {}
+    reported: Mapping[ModelId, ModelReport] = {}
+    failed: Mapping[ModelId, str] = {}
+    """Models that it could not load lately, and why."""
+
+    def is_bound(self, model: ModelId) -> bool:
+        report = self.reported.get(model)
+        return report is not None and report.bound
+
+
+class FleetSince(msgspec.Struct, frozen=True):
+    """Since when the fleet as a whole has been too small or too large."""
+
+    short: float | None = None
+    ample: float | None = None
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the placer knows when it decides."""
+
+    at: float
+    workers: Mapping[str, WorkerView] = {}
+    models: Mapping[ModelId, ModelView] = {}
+    fleet_since: FleetSince = FleetSince()
+
+
+def footprint(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Footprint:
+    """What the model takes on this worker: measured there, else measured on such a device,
+    else what the worker estimates, else the size of the file."""
+    report = worker.reported.get(model)
+    if report is not None and report.footprint.measured and report.footprint.weights_bytes:
+        return report.footprint
+    if facts is not None:
+        known = facts.known.get(worker.device_kind)
+        if known is not None:
+            return known
+    if report is not None and report.footprint.weights_bytes:
+        return report.footprint
+    return Footprint(facts.size_bytes if facts is not None else 0, 0, measured=False)
+
+
+def asks_for_depth(view: View) -> list[ModelId]:
+    """The models of which only the broker knows what waits: a consumer's window is full, or
+    nobody consumes, or something waited when last asked. All others hold all they were sent."""
+    saturated: set[ModelId] = set()
+    consumed: set[ModelId] = set()
+    for worker in view.workers.values():
+        for model, report in worker.reported.items():
+            if report.bound:
+                consumed.add(model)
+                if report.saturated:
+                    saturated.add(model)
+    return [
+        model
+        for model, facts in view.models.items()
+        if model in saturated or model not in consumed or facts.waiting or facts.demand.ready
+    ]
+
+
+def copies(view: View) -> dict[ModelId, int]:
+    """Bindings assigned on workers that serve, per model that has any."""
+    count: dict[ModelId, int] = {}
+    for worker in view.workers.values():
+        if worker.serves:
+            for model in worker.assigned:
+                count[model] = count.get(model, 0) + 1
+    return count
+
+
+def residents(
+    worker: WorkerView, models: Iterable[ModelId], facts: Mapping[ModelId, ModelView]
+) -> list[Footprint]:
+    """Footprints of these models on this worker."""
+    return [footprint(worker, model, facts.get(model)) for model in models]
+
+
+def applied(view: View, plan: Plan) -> View:
+    """The view once the plan has been carried out, before any worker has reacted."""
+    assigned = {name: dict(worker.assigned) for name, worker in view.workers.items()}
+    for gone in plan.unbind:
+        assigned[gone.worker].pop(gone.model, None)
+    for new in plan.bind:
+        assigned[new.worker][new.model] = Binding(view.at, new.reason)
+    left = {retired.model for retired in plan.retire}
+    return View(
+        at=view.at,
+        workers={
+            name: msgspec.structs.replace(worker, assigned=assigned[name])
+            for name, worker in view.workers.items()
+        },
+        models={
+            model: msgspec.structs.replace(facts, low_since=plan.low_since.get(model))
+            for model, facts in view.models.items()
+            if model not in left
+        },
+        fleet_since=plan.fleet_since,
+    )

@@ -1,0 +1,144 @@
+"""The placer's knowledge as people read it: `GET /explain/...` and `GET /fleet`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.placer.core.plan import want
+from services.placer.core.view import ModelView, View
+from services.placer.core.wanted import Wanted
+from services.placer.knowledge import Event, Knowledge
+from shared.models import Manifest
+from shared.names import ModelId, model_queue
+
+_EVENTS = 20
+_FLEET_EVENTS = 50
+
+
+def explain(knowledge: Knowledge, manifest: Manifest) -> dict[str, Any]:
+    """Why one registered model is where it is."""
+    model = manifest.id
+    view = knowledge.view()
+    facts = view.models.get(model)
+    state = "active" if facts is not None else "registered, nobody asks for it"
+    if model in knowledge.retiring:
+        state = f"being retired: {knowledge.retiring[model].gone.reason}"
+    explained = knowledge.last_plan.explained.get(model)
+    active = knowledge.active.get(model)
+    return {
+        "model": model,
+        "state": state,
+        "default_version": knowledge.is_default(model) if facts is not None else None,
+        "queue": model_queue(model) if facts is not None else None,
+        "routing_keys": sorted((active.bound_keys if active else None) or ()),
+        "want": 0 if facts is None else _want(view, facts, knowledge),
+        "why": explained.why if explained is not None and explained.why else None,
+        "demand": None if facts is None else _demand(view, facts),
+        "workers": [
+            seat
+            for worker in view.workers
+            if (seat := _seat(view, knowledge, worker, model)) is not None
+        ],
+        "refusals": [
+            {
+                "reason": no.refusal.reason,
+                "need_bytes": no.refusal.need_bytes,
+                "free_bytes": no.refusal.free_bytes,
+                "permanent": no.permanent,
+            }
+            for no in knowledge.last_plan.refused
+            if no.model == model
+        ],
+        "events": [_event(e) for e in knowledge.events if e.model == model][-_EVENTS:],
+    }
+
+
+def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
+    """The workers with what they hold, and how many there should be."""
+    view = knowledge.view()
+    workers = []
+    for name, report in sorted(knowledge.reports.items()):
+        models = view.workers[name].assigned.keys() | knowledge.reported.get(name, {}).keys()
+        workers.append(
+            {
+                "worker": name,
+                "device_kind": report.device_kind,
+                "device_name": report.device_name,
+                "budget_bytes": report.budget_bytes,
+                "used_bytes": report.used_bytes,
+                "measured_bytes": report.measured_bytes,
+                "engine_up": report.engine_up,
+                "engine_restarts": report.engine_restarts,
+                "draining": report.draining,
+                "generation": report.generation,
+                "generation_written": knowledge.generations.get(name, 0),
+                "models": [_seat(view, knowledge, name, model) for model in sorted(models)],
+            }
+        )
+    return {
+        "fence": fence,
+        "workers": workers,
+        "workers_wanted": {"count": wanted.workers, "reasons": list(wanted.reasons)},
+        "active_models": len(knowledge.active),
+        "retiring_models": len(knowledge.retiring),
+        "refused": [
+            {"model": no.model, "reason": str(no.refusal)} for no in knowledge.last_plan.refused
+        ],
+        "events": [_event(event) for event in list(knowledge.events)[-_FLEET_EVENTS:]],
+    }
+
+
+def _want(view: View, facts: ModelView, knowledge: Knowledge) -> int:
+    serving = sum(worker.serves for worker in view.workers.values())
+    return want(facts, serving, knowledge.policy)
+
+
+def _demand(view: View, facts: ModelView) -> dict[str, Any]:
+    demand = facts.demand
+    return {
+        "need_device_seconds_per_second": demand.need,
+        "requests_per_second_fast": demand.rate_fast,
+        "requests_per_second_slow": demand.rate_slow,
+        "seconds_per_request": demand.seconds_per_item,
+        "waiting_in_queue": demand.ready,
+        "held_by_workers": demand.held,
+        "load_seconds": facts.load_seconds,
+        "seconds_since_asked": max(view.at - demand.last_active, 0.0),
+        "seconds_with_a_copy_too_many": (
+            None if facts.low_since is None else view.at - facts.low_since
+        ),
+    }
+
+
+def _seat(view: View, knowledge: Knowledge, worker: str, model: ModelId) -> dict[str, Any] | None:
+    """One model on one worker; None when it has nothing to do with it."""
+    binding = view.workers[worker].assigned.get(model)
+    report = knowledge.reported.get(worker, {}).get(model)
+    if binding is None and report is None:
+        return None
+    return {
+        "worker": worker,
+        "model": model,
+        "assigned": binding is not None,
+        "reason": None if binding is None else binding.reason,
+        "assigned_for_s": None if binding is None else view.at - binding.since,
+        "tier": "disk" if report is None else report.tier,
+        "phase": "absent" if report is None else report.phase,
+        "bound": report is not None and report.bound,
+        "bytes": 0 if report is None else report.footprint.weights_bytes,
+        "workspace_bytes": 0 if report is None else report.footprint.workspace_bytes,
+        "measured": report is not None and report.footprint.measured,
+        "held": 0 if report is None else report.held,
+        "answered": 0 if report is None else report.answered,
+        "error": None if report is None else report.error,
+    }
+
+
+def _event(event: Event) -> dict[str, Any]:
+    return {
+        "at": event.at,
+        "what": event.what,
+        "model": event.model or None,
+        "worker": event.worker or None,
+        "why": event.why or None,
+    }

@@ -1,0 +1,99 @@
+"""What the placer tells over HTTP: its health, and why everything is where it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from services.placer.explain import explain, fleet
+from services.placer.lease import Lease
+from services.placer.metrics import Metrics
+from services.placer.scale import Scale
+from services.placer.term import Term
+from shared.broker.port import Broker
+from shared.catalog import Catalog
+from shared.errors import STATUS, RoostError, Unavailable
+from shared.http import metrics_route
+from shared.names import check_name, check_version
+
+
+class PlacerHttp:
+    """The ASGI application is `app`; `term` is set while this placer holds the lease."""
+
+    def __init__(
+        self, broker: Broker, lease: Lease, catalog: Catalog, scale: Scale, metrics: Metrics
+    ) -> None:
+        self.term: Term | None = None
+        self._broker = broker
+        self._lease = lease
+        self._catalog = catalog
+        self._scale = scale
+        self.app = Starlette(
+            routes=[
+                Route("/healthz", self._healthz),
+                Route("/readyz", self._readyz),
+                Route("/fleet", self._fleet),
+                Route("/scale", self._scale_wanted),
+                Route("/explain/{name}", self._explain),
+                Route("/explain/{name}/{version}", self._explain),
+                metrics_route(metrics.registry),
+            ],
+            exception_handlers={RoostError: _refuse},
+        )
+
+    async def _healthz(self, _request: Request) -> Response:
+        return _json({"status": "alive"})
+
+    async def _readyz(self, _request: Request) -> Response:
+        """Ready to decide, or to stand by for the one who does."""
+        missing = []
+        if not self._broker.connected:
+            missing.append("the message broker")
+        if not self._lease.known:
+            missing.append("the store")
+        role = "leader" if self.term is not None else "stand-by"
+        if missing:
+            return _json({"status": f"waits for {' and '.join(missing)}", "role": role}, 503)
+        return _json({"status": "ready", "role": role})
+
+    async def _fleet(self, _request: Request) -> Response:
+        return _json(fleet(self._led().knowledge, self._scale.wanted, self._lease.fence))
+
+    async def _scale_wanted(self, _request: Request) -> Response:
+        wanted = self._scale.wanted
+        workers = len(self._led().knowledge.reports)
+        return _json(
+            {
+                "workers_wanted": wanted.workers,
+                "workers": workers,
+                "reasons": list(wanted.reasons),
+            }
+        )
+
+    async def _explain(self, request: Request) -> Response:
+        term = self._led()
+        name = check_name(request.path_params["name"])
+        version = request.path_params.get("version")
+        manifest = await self._catalog.get(
+            name, None if version is None else check_version(version)
+        )
+        return _json(explain(term.knowledge, manifest))
+
+    def _led(self) -> Term:
+        if self.term is None:
+            raise Unavailable("this placer stands by; another one decides")
+        return self.term
+
+
+async def _refuse(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RoostError)
+    return _json({"error": error.message}, STATUS.get(error.code, 500))
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

@@ -1,0 +1,64 @@
+"""What the placer looks at in each cycle: reports from the store, depths from the broker.
+
+The cost is that of what is active, never of what is registered: only the broker knows what
+waits where a consumer's window is full or nobody consumes, and only there it is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from services.placer.core.view import asks_for_depth
+from services.placer.knowledge import Knowledge
+from shared.broker.port import Broker, BrokerUnavailable
+from shared.control import Report
+from shared.errors import RoostError
+from shared.names import ModelId, model_queue
+from shared.store.port import Store
+
+log = structlog.get_logger(__name__)
+
+_TIMEOUT_S = 2.0
+
+
+class Observer:
+    """Asks the store and the broker."""
+
+    def __init__(self, broker: Broker, store: Store, concurrency: int) -> None:
+        self._broker = broker
+        self._store = store
+        self._room = asyncio.Semaphore(concurrency)
+
+    async def reports(self) -> list[Report]:
+        """Raises `StoreUnavailable`."""
+        return await self._store.reports()
+
+    async def epoch(self) -> str:
+        """Raises `StoreUnavailable`."""
+        return await self._store.epoch()
+
+    async def depths(self, knowledge: Knowledge) -> dict[ModelId, int]:
+        """What waits in the queues of which only the broker knows. What could not be asked is
+        left out."""
+        models = asks_for_depth(knowledge.view())
+        found: dict[ModelId, int] = {}
+        if models and self._broker.connected:
+            async with asyncio.TaskGroup() as group:
+                for model in models:
+                    group.create_task(self._depth(model, found))
+        return found
+
+    async def depth(self, model: ModelId) -> int | None:
+        """Ready messages; None when there is no such queue. Raises `BrokerUnavailable`."""
+        async with self._room, asyncio.timeout(_TIMEOUT_S):
+            return await self._broker.depth(model_queue(model))
+
+    async def _depth(self, model: ModelId, found: dict[ModelId, int]) -> None:
+        try:
+            found[model] = await self.depth(model) or 0
+        except (BrokerUnavailable, TimeoutError):
+            return
+        except RoostError as error:
+            log.warning("depth_unknown", model=model, error=str(error))

@@ -1,0 +1,101 @@
+"""Follows the registry: new versions take over a model's name, removed ones are let go, and
+what is to have copies at all times gets them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from services.placer.activate import Activator
+from services.placer.core.plan import Retire
+from services.placer.knowledge import Knowledge
+from shared.catalog import Catalog
+from shared.errors import ModelNotFound, RoostError
+from shared.names import ModelId, split_model_id
+from shared.store.port import TOPIC_REGISTRY, Store
+
+log = structlog.get_logger(__name__)
+
+_FULL_LOOK_S = 60.0
+"""How often all registered models are looked through without a hint: that costs O(registered)."""
+
+
+class RegistryFollower:
+    def __init__(
+        self,
+        store: Store,
+        catalog: Catalog,
+        knowledge: Knowledge,
+        activator: Activator,
+        check_s: float,
+    ) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._knowledge = knowledge
+        self._activator = activator
+        self._check_s = check_s
+        self._hinted = asyncio.Event()
+
+    async def run(self) -> None:
+        """For ever."""
+        looked = float("-inf")
+        while True:
+            hinted = self._hinted.is_set()
+            self._hinted.clear()
+            try:
+                if hinted:
+                    self._catalog.invalidate()
+                await self.check_active()
+                if hinted or time.monotonic() - looked >= _FULL_LOOK_S:
+                    looked = time.monotonic()
+                    await self.keep_minimum()
+            except RoostError as error:
+                log.warning("registry_not_followed", error=str(error))
+            try:
+                async with asyncio.timeout(self._check_s):
+                    await self._hinted.wait()
+            except TimeoutError:
+                continue
+
+    async def listen(self) -> None:
+        """For ever: a registration or removal is looked at at once."""
+        async for _ in self._store.hints(TOPIC_REGISTRY):
+            self._hinted.set()
+
+    async def check_active(self) -> None:
+        """What is active, and what of it is the default version of its name. Raises `Unavailable`
+        when the registry is away."""
+        for model in list(self._knowledge.active):
+            name, version = split_model_id(model)
+            try:
+                manifest = await self._catalog.get(name, version)
+                newest = await self._catalog.get(name)
+            except ModelNotFound as error:
+                self._let_go(model, error)
+                continue
+            active = self._knowledge.active.get(model)
+            if active is not None and active.manifest is None:
+                active.manifest = manifest
+            # The cycle moves the key `<name>`: away from the old version's queue first.
+            if self._knowledge.defaults.get(name) != newest.version:
+                self._knowledge.defaults[name] = newest.version
+                self._knowledge.note("default version", newest.id)
+        names = {split_model_id(model)[0] for model in self._knowledge.active}
+        for name in self._knowledge.defaults.keys() - names:
+            del self._knowledge.defaults[name]
+
+    async def keep_minimum(self) -> None:
+        """Activates the default versions that are to have copies at all times."""
+        newest = {manifest.name: manifest for manifest in await self._catalog.ids()}
+        for manifest in newest.values():
+            if manifest.min_copies and manifest.id not in self._knowledge.active:
+                try:
+                    await self._activator.activate(manifest, why="min_copies")
+                except RoostError as error:
+                    log.warning("minimum_not_kept", model=manifest.id, error=str(error))
+
+    def _let_go(self, model: ModelId, error: ModelNotFound) -> None:
+        log.info("model_removed", model=model)
+        self._knowledge.retire(Retire(model, error.message, code=error.code))

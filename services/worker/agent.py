@@ -1,0 +1,272 @@
+"""The agent: what happened goes to the core, what the core decides is done."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, assert_never
+
+import msgspec
+import structlog
+
+from services.worker import wire
+from services.worker.consume import Consumers
+from services.worker.core.events import (
+    Action,
+    Answer,
+    Bury,
+    CloseConsumer,
+    ConsumerStarted,
+    DrainAsked,
+    EngineLost,
+    EvictModel,
+    Fact,
+    Fault,
+    FetchFailed,
+    FetchModel,
+    GiveBack,
+    ItemSettled,
+    KeepProfile,
+    LoadModel,
+    ModelFetched,
+    Refuse,
+    RunBatch,
+    StartConsumer,
+    StopConsumer,
+    TellPlacer,
+)
+from services.worker.core.worker import WorkerCore
+from services.worker.items import Items
+from services.worker.metrics import Metrics
+from services.worker.reply import Replier
+from services.worker.report import Reporter
+from services.worker.runtime import Runtime
+from shared.errors import RoostError
+from shared.models import ModelSpec, Profile
+from shared.names import ModelId, split_model_id
+from shared.repository import Repository
+from shared.tensors import Tensor, split_rows
+
+log = structlog.get_logger(__name__)
+
+
+class Agent:
+    """Owns the core, and everything that carries out its actions."""
+
+    consumers: Consumers
+    runtime: Runtime
+    replier: Replier
+    reporter: Reporter
+
+    def __init__(
+        self, core: WorkerCore, repository: Repository, cache_dir: str, metrics: Metrics
+    ) -> None:
+        """The four parts above need `tell` and are set by who puts the worker together."""
+        self.core = core
+        self.items = Items()
+        self.emptied = asyncio.Event()
+        """Set when a draining worker holds nothing any more."""
+        self._repository = repository
+        self._cache_dir = cache_dir
+        self._metrics = metrics
+        self._facts: list[Fact] = []
+        self._wake = asyncio.Event()
+        self._paths: dict[ModelId, str] = {}
+        self._specs: dict[ModelId, ModelSpec] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def tell(self, fact: Fact) -> None:
+        """Something happened. What happens in one turn of the event loop is decided together,
+        so that requests that arrive together run together."""
+        self._facts.append(fact)
+        self._wake.set()
+
+    def settled(self, item: int) -> None:
+        """The item's message was answered for good."""
+        self.items.settled(item)
+        self.tell(ItemSettled(item))
+
+    def spec_of(self, model: ModelId) -> ModelSpec:
+        """What a request to a bound model must look like: the manifest's word and the file's."""
+        return self._specs.get(model) or ModelSpec()
+
+    async def run(self) -> None:
+        """The worker's main loop, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            # 1. Wait until something happened, or until time alone asks for a decision.
+            now = time.monotonic()
+            due = self.core.next_wakeup(now)
+            timer = None if due is None else loop.call_later(max(due - now, 0), self._wake.set)
+            await self._wake.wait()
+            if timer is not None:
+                timer.cancel()
+            self._wake.clear()
+            # 2. See what it means for the world outside the core.
+            facts, self._facts = self._facts, []
+            for fact in facts:
+                self._notice(fact)
+            # 3. Decide.
+            actions = self.core.handle(facts, time.monotonic())
+            # 4. Act, in the core's order.
+            for action in actions:
+                self._act(action)
+            # 5. Give the outbox back: every reply has its copy by now.
+            self.runtime.release()
+            # 6. Say when nothing is left to do.
+            if self.core.draining and self.core.empty:
+                self.emptied.set()
+            else:
+                self.emptied.clear()
+
+    async def finish(self) -> None:
+        """Waits for what was begun in the background."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    def drain(self) -> None:
+        self.tell(DrainAsked())
+
+    # --- facts that concern the effects too -----------------------------------------------
+
+    def _notice(self, fact: Fact) -> None:
+        match fact:
+            case wire.BatchRan():
+                self._metrics.compute_seconds.observe(fact.compute_s)
+            case wire.BatchFailed():
+                log.warning("batch_failed", code=fact.code, error=fact.message)
+            case wire.ModelLoaded():
+                self._loaded(fact)
+            case wire.LoadFailed():
+                self._metrics.loads.labels(fact.code).inc()
+                log.warning("load_failed", model=fact.model, code=fact.code, error=fact.message)
+            case wire.ModelEvicted():
+                self._metrics.evictions.inc()
+                log.info("model_evicted", model=fact.model)
+            case FetchFailed():
+                log.warning("fetch_failed", model=fact.model, error=fact.message)
+            case EngineLost():
+                self._metrics.engine_restarts.inc()
+            case ConsumerStarted():
+                log.debug("consumer_started", subscription=fact.subscription)
+            case _:
+                pass
+
+    def _loaded(self, fact: wire.ModelLoaded) -> None:
+        manifest = self.core.state.get(fact.model).manifest
+        if manifest is not None:
+            known = fact.inputs or manifest.inputs
+            self._specs[fact.model] = msgspec.structs.replace(manifest, inputs=known)
+        self._metrics.loads.labels("ok").inc()
+        self._metrics.load_seconds.observe(fact.load_seconds)
+        log.info(
+            "model_loaded",
+            model=fact.model,
+            weights_bytes=fact.weights_bytes,
+            workspace_bytes=max(fact.workspace_bytes.values(), default=0),
+            seconds=round(fact.load_seconds, 3),
+        )
+
+    # --- actions --------------------------------------------------------------------------
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case RunBatch():
+                requests = [self.items[item].request for item in action.items]
+                self.runtime.run_batch(action, requests)
+                self._metrics.batch_rows.observe(action.rows)
+            case Answer():
+                self._answer(action)
+            case Refuse():
+                self.replier.refuse(self.items[action.item], action.fault)
+            case GiveBack():
+                self._metrics.given_back.inc()
+                self.replier.give_back(self.items[action.item])
+            case Bury():
+                self.replier.bury(self.items[action.item], action.reason, action.fault)
+            case FetchModel():
+                self._begin(self._fetch(action.model), f"fetch {action.model}")
+            case LoadModel():
+                manifest = self.core.state.get(action.model).manifest
+                assert manifest is not None, "only what was fetched is loaded"
+                self.runtime.load(
+                    action.model, self._paths[action.model], manifest, action.warm_rows
+                )
+            case EvictModel():
+                self.runtime.evict(action.model)
+            case StartConsumer():
+                self.consumers.start(action)
+            case StopConsumer():
+                self.consumers.stop(action.subscription)
+            case CloseConsumer():
+                self.consumers.close(action.subscription)
+            case KeepProfile():
+                self._begin(self._keep(action.model, action.profile), f"keep {action.model}")
+            case TellPlacer():
+                log.debug("news", news=action.news)
+                self.reporter.news()
+            case _:
+                assert_never(action)
+
+    def _answer(self, action: Answer) -> None:
+        now = time.monotonic()
+        rows = sum(action.item_rows)
+        outputs = self.runtime.outputs(action.batch)
+        try:
+            parts = [outputs] if action.whole else _split(outputs, action.item_rows)
+        except ValueError as error:
+            # The model gave other rows than it got: nobody can tell which are whose.
+            fault = Fault("model_failed", f"the outputs do not match the batch: {error}")
+            for item in action.items:
+                self.replier.refuse(self.items[item], fault)
+            return
+        for item, part in zip(action.items, parts, strict=True):
+            held = self.items[item]
+            queue_s = max(now - action.compute_s - held.item.arrived, 0.0)
+            self._metrics.queue_seconds.observe(queue_s)
+            self.replier.answer(
+                held, part, queue_s=queue_s, compute_s=action.compute_s, batch_rows=rows
+            )
+
+    async def _fetch(self, model: ModelId) -> None:
+        device_kind = self.core.state.device_kind
+
+        def fetch() -> tuple[ModelFetched, str]:
+            manifest = self._repository.manifest(*split_model_id(model))
+            path = self._repository.local_path(manifest.digest, self._cache_dir)
+            profile = self._repository.profile(model, device_kind)
+            return ModelFetched(model, manifest, profile), path
+
+        try:
+            fetched, self._paths[model] = await asyncio.to_thread(fetch)
+        except (RoostError, OSError) as error:
+            self.tell(FetchFailed(model, str(error)))
+        except Exception as error:
+            log.exception("fetch_failed", model=model)
+            self.tell(FetchFailed(model, repr(error)))
+        else:
+            self.tell(fetched)
+
+    async def _keep(self, model: ModelId, profile: Profile) -> None:
+        profile = msgspec.structs.replace(profile, measured_at=time.time())
+        try:
+            await asyncio.to_thread(self._repository.put_profile, model, profile)
+        except (RoostError, OSError) as error:
+            log.warning("profile_not_kept", model=model, error=str(error))
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task_failed", task=task.get_name(), error=repr(error))
+
+
+def _split(outputs: list[Tensor], rows: tuple[int, ...]) -> list[list[Tensor]]:
+    """Each item's rows of every output. Raises `ValueError` when they do not add up."""
+    pieces = [split_rows(tensor, rows) for tensor in outputs]
+    return [[of_output[index] for of_output in pieces] for index in range(len(rows))]

@@ -1,0 +1,168 @@
+"""The worker, put together: parts, named tasks in one group, and the order of the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import structlog
+from prometheus_client import start_http_server
+
+from services.worker import devices, wire
+from services.worker.agent import Agent
+from services.worker.config import WorkerConfig, parse_bytes
+from services.worker.consume import Consumers
+from services.worker.core.events import EngineStarted
+from services.worker.core.worker import WorkerCore
+from services.worker.follow import Follower
+from services.worker.launch import Launch, launcher
+from services.worker.metrics import Metrics
+from services.worker.reply import Replier
+from services.worker.report import Reporter
+from services.worker.runtime import Runtime
+from services.worker.telling import Teller
+from shared.broker.port import Broker
+from shared.connect import open_broker, open_store
+from shared.errors import RoostError
+from shared.repository import Repository
+from shared.store.port import Store
+from shared.supervise import guard
+
+log = structlog.get_logger(__name__)
+
+
+async def run(
+    config: WorkerConfig,
+    stop: asyncio.Event,
+    *,
+    broker: Broker | None = None,
+    store: Store | None = None,
+    on_ready: Callable[[str], None] | None = None,
+    launch: Launch | None = None,
+) -> None:
+    """Serves models until `stop` is set, then finishes what runs, gives the rest back, returns.
+
+    `on_ready` gets the worker's id once a report with a running engine is out. Broker and
+    store are opened from the configuration unless handed in, and are started and closed here
+    either way. `launch` starts the engine (another one, in tests).
+    """
+    worker = config.new_worker_id()
+    device = await asyncio.to_thread(devices.resolve, config.device)
+    budget = parse_bytes(config.budget_bytes)
+    if not budget:
+        capacity = await asyncio.to_thread(devices.capacity_bytes, device)
+        budget = max(capacity - parse_bytes(config.headroom_bytes), 1)
+    broker = broker or open_broker(config.amqp_url, f"worker-{worker}")
+    store = store or open_store(config.redis_url)
+    repository = Repository(config.repository_url)
+    metrics = Metrics(worker)
+    core = WorkerCore(
+        max_held_bytes=parse_bytes(config.max_held_bytes),
+        max_bytes_under_way=parse_bytes(config.inbox_bytes) // 2,
+    )
+    agent = Agent(core, repository, config.cache, metrics)
+    teller = Teller(core, worker, uuid.uuid4().hex, budget, metrics, on_ready)
+
+    def engine_started(started: wire.EngineStarted, pid: int) -> None:
+        # The agent's sum is of models: the engine's own share is not theirs to fill.
+        given = budget
+        if not config.budget_bytes and device != "cpu":
+            given = max(budget - started.base_bytes, 1)
+        teller.meter = devices.Meter(device, started.device_uuid, pid, started.base_bytes)
+        teller.started, teller.budget_bytes = started, given
+        log.info(
+            "engine_started",
+            engine=pid,
+            device=started.device_name,
+            torch=started.torch_version,
+            budget_bytes=given,
+            base_bytes=started.base_bytes,
+        )
+        agent.tell(EngineStarted(given, started.device_kind))
+
+    agent.reporter = Reporter(
+        store,
+        teller.report,
+        interval_s=config.report_interval_s,
+        ttl_s=config.report_ttl_s,
+        on_sent=teller.sent,
+    )
+    agent.runtime = Runtime(
+        launch or launcher(device, budget, config.threads),
+        agent.tell,
+        engine_started,
+        inbox_bytes=parse_bytes(config.inbox_bytes),
+        outbox_bytes=parse_bytes(config.outbox_bytes),
+    )
+    agent.replier = Replier(broker, agent.settled, metrics, timeout_s=config.publish_timeout_s)
+    agent.consumers = Consumers(broker, agent.items, agent.spec_of, agent.tell)
+    follower = Follower(store, worker, agent.tell)
+    log.info("worker_starting", worker=worker, device=device, budget_bytes=budget)
+
+    async def keep_connected() -> None:
+        # Beside the engine's start, which takes as long.
+        await asyncio.gather(broker.start(), store.start())
+        async with asyncio.TaskGroup() as group:
+            for task in (follower.listen, follower.follow, agent.reporter.run):
+                group.create_task(guard(task, task.__qualname__), name=task.__qualname__)
+
+    try:
+        with _metrics_server(config, metrics):
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(guard(agent.run, "agent"), name="agent"),
+                    group.create_task(guard(agent.runtime.run, "engine"), name="engine"),
+                    group.create_task(guard(keep_connected, "control"), name="control"),
+                ]
+                await stop.wait()
+                await _leave(config, agent, store, worker, tasks[2])
+                for task in tasks:
+                    task.cancel()
+    finally:
+        await broker.close()
+        await store.close()
+        log.info("worker_stopped", worker=worker)
+
+
+async def _leave(
+    config: WorkerConfig, agent: Agent, store: Store, worker: str, control: asyncio.Task[None]
+) -> None:
+    """An orderly end: nothing new, finish what runs, give back the rest, say goodbye."""
+    began = time.monotonic()
+    # 1. Nothing new: consumers are cancelled, what waits goes back, what runs is answered.
+    agent.drain()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(config.drain_grace_s):
+            await agent.emptied.wait()
+            await agent.replier.drained()
+    # 2. What is held after the grace goes back to its queue with the consumers.
+    await agent.consumers.close_all()
+    await agent.finish()
+    # 3. Goodbye: the placer need not wait for the report to expire.
+    control.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await control
+    with contextlib.suppress(RoostError):
+        await store.remove_report(worker)
+    # 4. The engine last: until now it had something to finish.
+    await agent.runtime.close()
+    log.info("drained", seconds=round(time.monotonic() - began, 3), left=len(agent.items))
+
+
+@contextlib.contextmanager
+def _metrics_server(config: WorkerConfig, metrics: Metrics) -> Iterator[None]:
+    if not config.metrics_port:
+        yield
+        return
+    server, thread = start_http_server(
+        config.metrics_port, addr=config.metrics_host, registry=metrics.registry
+    )
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

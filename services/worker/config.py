@@ -1,0 +1,97 @@
+"""A worker's settings, read once from `ROOST_WORKER_*` and the common `ROOST_*`."""
+
+from __future__ import annotations
+
+import re
+import socket
+import uuid
+from typing import Final
+
+from shared.config import CommonConfig, ConfigError
+
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*\Z", re.IGNORECASE)
+_POWER: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_DEVICE = re.compile(r"(auto|cpu|cuda(:[0-9]{1,3})?)\Z")
+_WORKER = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+
+
+def parse_bytes(text: str | int) -> int:
+    """`4GiB`, `512 MB`, `1.5G` or a plain number, in bytes. With an `i` or without a `B` the
+    unit is binary. Raises `ConfigError`."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.match(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size: a number of bytes, or as 4GiB, 512MB")
+    number, unit, binary = match.groups()
+    decimal = not binary and text.strip().upper().endswith("B") and unit
+    return int(float(number) * (1000 if decimal else 1024) ** _POWER[unit.upper()])
+
+
+class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
+    worker_id: str = ""
+    """Names the worker in reports and assignments, and must differ between workers. Empty: the
+    host's name and something random, new at each start."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:<n>`; `auto` takes the first GPU where there is one, else the CPU."""
+    budget_bytes: int | str = 0
+    """What all models together may take of the device: bytes, or as `4GiB`. 0: what the device
+    has, less the headroom. On a CPU the engine's own memory is not counted."""
+    headroom_bytes: int | str = "1GiB"
+    """Left alone when the budget follows from the device: for the context, for fragments of
+    the allocator, and for whoever else is there."""
+    threads: int = 1
+    """CPU threads of one operator in the engine. Several workers share a machine's cores better
+    with one each."""
+    inbox_bytes: int | str = "128MiB"
+    """Shared memory for inputs on their way to the engine: eight messages of the greatest size.
+    Pages are taken when first used."""
+    outbox_bytes: int | str = "128MiB"
+    """The same for outputs."""
+    max_held_bytes: int | str = "512MiB"
+    """Request bodies in memory at once; beyond it the models that hold most stop consuming."""
+    report_interval_s: float = 0.25
+    """As often as the placer's tick; news travels at once in any case."""
+    report_ttl_s: float = 3.0
+    """A worker that is silent for so long counts as gone: a dozen reports may be lost."""
+    drain_grace_s: float = 30.0
+    """How long SIGTERM waits for batches under way; what is held then goes back to its queue."""
+    publish_timeout_s: float = 5.0
+    """For the broker to confirm a reply; afterwards the request is given back."""
+    cache_dir: str = ""
+    """Copies of files of a repository that is not a directory. Empty: below `data_dir`."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
+    """Where Prometheus scrapes; 0 is off, since several workers share a machine."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "budget_bytes", "headroom_bytes", "inbox_bytes", "outbox_bytes", "max_held_bytes",
+        ):  # fmt: skip
+            try:
+                parse_bytes(getattr(self, name))
+            except ConfigError as error:
+                raise ConfigError(f"ROOST_WORKER_{name.upper()}: {error}") from None
+        if not _DEVICE.match(self.device):
+            raise ConfigError(
+                f"ROOST_WORKER_DEVICE={self.device!r}: auto, cpu, cuda or cuda:<n> is expected"
+            )
+        if self.worker_id and not _WORKER.match(self.worker_id):
+            raise ConfigError(
+                f"ROOST_WORKER_WORKER_ID={self.worker_id!r}: 1 to 64 of A-Z a-z 0-9 . _ -"
+            )
+        if parse_bytes(self.inbox_bytes) < 32 << 20 or parse_bytes(self.outbox_bytes) < 32 << 20:
+            raise ConfigError("ROOST_WORKER_INBOX_BYTES and _OUTBOX_BYTES: 32MiB at least")
+        if not 0 < self.report_interval_s < self.report_ttl_s:
+            raise ConfigError("ROOST_WORKER_REPORT_INTERVAL_S must be below ..._REPORT_TTL_S")
+
+    @property
+    def cache(self) -> str:
+        return self.cache_dir or f"{self.data_dir}/cache"
+
+    def new_worker_id(self) -> str:
+        """The configured id, or a fresh one."""
+        if self.worker_id:
+            return self.worker_id
+        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:50]
+        return f"{host or 'worker'}-{uuid.uuid4().hex[:8]}"

@@ -1,0 +1,105 @@
+"""Which queues are consumed: one subscription per bound model, and old ones that still hold.
+
+    starting → on → stopping → stopped → (nothing held) closed
+
+A subscription that is stopped keeps what it holds until that is settled; meanwhile the model
+may already have a new one. Law: at most one subscription of a model is not stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from services.worker.core.events import Action, CloseConsumer, StartConsumer, StopConsumer
+from shared.models import ModelSpec
+from shared.names import ModelId
+
+
+@dataclass(slots=True)
+class Subscription:
+    id: int
+    model: ModelId
+    prefetch: int
+    phase: Literal["starting", "on", "stopping", "stopped"] = "starting"
+    held: int = 0
+    """Messages delivered and not settled."""
+
+    @property
+    def saturated(self) -> bool:
+        return self.held >= self.prefetch
+
+
+class Subscriptions:
+    def __init__(self) -> None:
+        self.all: dict[int, Subscription] = {}
+        self.current: dict[ModelId, Subscription] = {}
+        self._last_id = 0
+
+    def __repr__(self) -> str:
+        return f"Subscriptions({len(self.current)} current, {len(self.all)} in all)"
+
+    def bound(self, model: ModelId) -> bool:
+        subscription = self.current.get(model)
+        return subscription is not None and subscription.phase == "on"
+
+    def saturated(self, model: ModelId) -> bool:
+        subscription = self.current.get(model)
+        return subscription is not None and subscription.saturated
+
+    def reconcile(
+        self, desired: Iterable[ModelId], prefetch: Callable[[ModelId], int]
+    ) -> list[Action]:
+        """Towards one subscription for each desired model, and none for the others."""
+        wanted = dict.fromkeys(desired)
+        actions: list[Action] = []
+        for subscription in self.current.values():
+            if subscription.model not in wanted and subscription.phase in {"starting", "on"}:
+                subscription.phase = "stopping"
+                actions.append(StopConsumer(subscription.id))
+        for model in wanted:
+            if model not in self.current:
+                self._last_id += 1
+                fresh = Subscription(self._last_id, model, prefetch(model))
+                self.current[model] = self.all[fresh.id] = fresh
+                actions.append(StartConsumer(fresh.id, model, fresh.prefetch))
+        return actions
+
+    def started(self, id_: int) -> Subscription | None:
+        subscription = self.all.get(id_)
+        if subscription is None or subscription.phase != "starting":
+            return None
+        subscription.phase = "on"
+        return subscription
+
+    def stopped(self, id_: int) -> Subscription | None:
+        subscription = self.all.get(id_)
+        if subscription is None or subscription.phase == "stopped":
+            return None
+        subscription.phase = "stopped"
+        self.current.pop(subscription.model, None)
+        return subscription
+
+    def sweep(self) -> list[tuple[Subscription, CloseConsumer]]:
+        """Closes what is stopped and holds nothing any more."""
+        done = [s for s in self.all.values() if s.phase == "stopped" and not s.held]
+        for subscription in done:
+            del self.all[subscription.id]
+        return [(subscription, CloseConsumer(subscription.id)) for subscription in done]
+
+    def validate(self) -> None:
+        for model, subscription in self.current.items():
+            assert subscription.phase != "stopped", subscription
+            assert subscription.model == model, subscription
+            assert self.all.get(subscription.id) is subscription, subscription
+        live = [s.model for s in self.all.values() if s.phase != "stopped"]
+        assert len(live) == len(set(live)) == len(self.current), self
+
+
+def prefetch_for(spec: ModelSpec) -> int:
+    """Two batches: one runs, one waits. More would hide the backlog from the placer and let
+    one worker hoard."""
+    if spec.stateful:
+        return 1
+    return min(max(2 * spec.max_batch_size, 2), 64)

@@ -1,0 +1,275 @@
+"""What runs on the engine, and what runs next.
+
+Work-conserving: as the engine frees, the model whose turn it is gets a batch. Little is queued
+ahead, since a batch that is formed late is larger: full ones while the engine still has less
+than `AHEAD_S` of work, one that is not full only just before the engine would be idle.
+
+Laws: every item is in exactly one place, a queue or a batch; batches are answered in any
+order but run in the order in which they were handed over; a suspect runs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from services.worker.core.batch import Entry, ModelQueue
+from services.worker.core.events import (
+    Action,
+    Answer,
+    Bury,
+    Fault,
+    GiveBack,
+    Item,
+    Refuse,
+    RunBatch,
+)
+from services.worker.core.state import MAX_DEATHS, WorkerState
+from services.worker.core.turns import Turns
+from shared.models import ModelSpec
+from shared.names import ModelId
+
+AHEAD_S = 0.010
+"""Measured work queued ahead on the device at most, when batches are full."""
+EAGER_S = 0.003
+"""Below this much work ahead a batch goes as it is: what the agent needs to hand it over."""
+MAX_UNDER_WAY = 8
+MAX_TRIES = 3
+"""Runs that end without anything said of the item, before it is refused."""
+
+
+@dataclass(slots=True)
+class Batch:
+    id: int
+    model: ModelId
+    entries: tuple[Entry, ...]
+    rows: int
+    nbytes: int
+    expected_s: float
+
+
+class Dispatch:
+    """Items by model, and the batches under way."""
+
+    def __init__(self, state: WorkerState, *, max_bytes_under_way: int) -> None:
+        self._state = state
+        self._max_bytes = max_bytes_under_way
+        self._turns = Turns()
+        self._queues: dict[ModelId, ModelQueue] = {}
+        self._waiting: dict[ModelId, ModelQueue] = {}
+        """Those that are not empty."""
+        self._running: dict[int, Batch] = {}
+        self._last_batch = 0
+        self._began = 0.0
+
+    def __repr__(self) -> str:
+        waiting = sum(len(queue) for queue in self._queues.values())
+        return f"Dispatch({waiting} waiting, {list(self._running.values())} under way)"
+
+    @property
+    def under_way(self) -> int:
+        return len(self._running)
+
+    def models_waiting(self) -> list[ModelId]:
+        """The models that something waits for."""
+        return list(self._waiting)
+
+    def waiting(self, model: ModelId) -> tuple[Entry, ...]:
+        queue = self._waiting.get(model)
+        return queue.entries() if queue else ()
+
+    def suspects(self) -> list[Entry]:
+        """What waits to be run alone."""
+        return [e for queue in self._waiting.values() for e in queue.entries() if e.suspect]
+
+    def isolating(self) -> bool:
+        """A suspect is running: nothing else may begin."""
+        return any(entry.suspect for b in self._running.values() for entry in b.entries)
+
+    # --- in -------------------------------------------------------------------------------
+
+    def add(self, item: Item, spec: ModelSpec) -> None:
+        queue = self._queues.get(item.model)
+        if queue is None or (queue.spec is not spec and item.model not in self._waiting):
+            queue = self._queues[item.model] = ModelQueue(spec)
+        queue.add(item)
+        self._waiting[item.model] = queue
+
+    def take_out(self, model: ModelId, entries: Iterable[Entry]) -> None:
+        queue = self._queues[model]
+        queue.remove(entries)
+        if not len(queue):
+            self._waiting.pop(model, None)
+
+    def _put_back(self, model: ModelId, entries: Iterable[Entry]) -> None:
+        queue = self._queues[model]
+        queue.put_back(entries)
+        if len(queue):
+            self._waiting[model] = queue
+
+    def expire(self, now: float) -> list[Action]:
+        """Nothing expired is computed."""
+        actions: list[Action] = []
+        fault = Fault("deadline_exceeded", "its deadline passed as it waited")
+        for model, queue in list(self._waiting.items()):
+            actions += [Refuse(entry.item.item, fault) for entry in queue.expire(now)]
+            if not len(queue):
+                del self._waiting[model]
+        return actions
+
+    # --- out ------------------------------------------------------------------------------
+
+    def next_batches(self, now: float) -> list[Action]:
+        """All that should be handed to the engine now."""
+        actions: list[Action] = []
+        while batch := self._next_batch(now):
+            actions.append(
+                RunBatch(
+                    batch.id, batch.model, tuple(e.item.item for e in batch.entries), batch.rows
+                )
+            )
+        return actions
+
+    def _next_batch(self, now: float) -> Batch | None:
+        if not self._waiting or self._state.quiesce:
+            return None
+        if any(model.suspect for model in self._state.loading()):
+            return None
+        if self.isolating() or len(self._running) >= MAX_UNDER_WAY:
+            return None
+        ahead = self._ahead_s(now)
+        if ahead > AHEAD_S:
+            return None
+        model = self._turns.choose(
+            (queue.head.due, name)
+            for name, queue in self._waiting.items()
+            if self._state.is_ready(name) and queue.waits_until(now) <= now
+        )
+        if model is None:
+            return None
+        known, queue = self._state.get(model), self._queues[model]
+        if queue.head.suspect and (self._running or self._state.loading()):
+            return None  # first let the others end, so that it is alone
+        room = self._max_bytes - sum(batch.nbytes for batch in self._running.values())
+        entries = queue.form(now, ahead, known.measured.times.estimate, max(room, 0))
+        rows = sum(entry.item.rows for entry in entries)
+        nbytes = sum(entry.item.nbytes for entry in entries)
+        early = ahead > EAGER_S or len(self._running) > 1
+        if self._running and (nbytes > room or (rows < queue.limit and early)):
+            return None
+        self.take_out(model, entries)
+        if not self._running:
+            self._began = now
+        self._last_batch += 1
+        expected = known.measured.times.estimate(rows)
+        batch = Batch(self._last_batch, model, tuple(entries), rows, nbytes, expected)
+        self._running[batch.id] = batch
+        self._turns.ran(model)
+        return batch
+
+    def _ahead_s(self, now: float) -> float:
+        """Seconds of work that the engine still has, as far as it was measured. A batch of
+        which nothing is known may take any time: nothing is queued behind it."""
+        if not self._running:
+            return 0.0
+        if any(batch.expected_s <= 0 for batch in self._running.values()):
+            return float("inf")
+        first, *rest = self._running.values()
+        left = first.expected_s - (now - self._began)
+        if left < 0 and rest:
+            return float("inf")  # it takes longer than it should: who knows how much longer
+        return max(left, 0.0) + sum(batch.expected_s for batch in rest)
+
+    def next_wakeup(self, now: float) -> float | None:
+        """When time alone changes what should be done."""
+        times = []
+        ahead = self._ahead_s(now)
+        for name, queue in self._waiting.items():
+            times.append(queue.next_expiry())
+            if not self._state.is_ready(name):
+                continue
+            if (until := queue.waits_until(now)) > now:
+                times.append(until)
+            elif self._running and 0 < ahead < float("inf"):
+                times.append(now + (ahead - AHEAD_S if ahead > AHEAD_S else ahead - EAGER_S))
+        return min((at for at in times if now < at < float("inf")), default=None)
+
+    # --- back -----------------------------------------------------------------------------
+
+    def ran(self, id_: int, compute_s: float, workspace_bytes: int, now: float) -> list[Action]:
+        batch = self._running.pop(id_, None)
+        if batch is None:
+            return []
+        self._began = now
+        model, queue = self._state.get(batch.model), self._queues[batch.model]
+        model.measured.times.measured(batch.rows, compute_s, len(batch.entries))
+        if model.measured.note_workspace(batch.rows, workspace_bytes):
+            self._state.workspace_grew()
+        queue.ran_well(batch.rows)
+        model.busy_s += compute_s
+        items = tuple(entry.item.item for entry in batch.entries)
+        rows = tuple(entry.item.rows for entry in batch.entries)
+        return [Answer(id_, batch.model, items, rows, not queue.batches, compute_s)]
+
+    def failed(self, id_: int, fault: Fault, now: float) -> list[Action]:
+        """One bad item fails alone, not its batch; a full device makes batches smaller."""
+        batch = self._running.pop(id_, None)
+        if batch is None:
+            return []
+        self._began = now
+        queue = self._queues[batch.model]
+        several = len(batch.entries) > 1
+        if fault.code == "not_found":
+            self._state.lost_model(batch.model)
+            return self._again(batch, Fault("unavailable", fault.message))
+        if fault.code == "resource_exhausted":
+            queue.out_of_memory(batch.rows)
+        if not several:
+            return [Refuse(batch.entries[0].item.item, fault)]
+        for entry in batch.entries:
+            entry.alone = fault.code != "resource_exhausted"
+        self._put_back(batch.model, batch.entries)
+        return []
+
+    def engine_lost(self) -> list[Action]:
+        """The batch that was running is suspect, item by item; the ones behind it are not."""
+        batches, self._running = list(self._running.values()), {}
+        actions: list[Action] = []
+        if not batches:
+            return actions
+        first, *behind = batches
+        sure = len(first.entries) == 1 and not self._state.loading()
+        kept: list[Entry] = []
+        for entry in first.entries:
+            entry.suspect = True
+            entry.deaths += sure
+            if entry.deaths >= MAX_DEATHS:
+                reason = f"it ended {entry.deaths} engines"
+                actions.append(
+                    Bury(entry.item.item, reason, Fault("quarantined", f"this request: {reason}"))
+                )
+            else:
+                kept.append(entry)
+        self._put_back(first.model, kept)
+        for batch in behind:
+            actions += [GiveBack(e.item.item, "the engine was lost") for e in batch.entries]
+        return actions
+
+    def _again(self, batch: Batch, fault: Fault) -> list[Action]:
+        actions: list[Action] = []
+        again: list[Entry] = []
+        for entry in batch.entries:
+            entry.tries += 1
+            if entry.tries >= MAX_TRIES:
+                actions.append(Refuse(entry.item.item, fault))
+            else:
+                again.append(entry)
+        self._put_back(batch.model, again)
+        return actions
+
+    def places(self) -> list[int]:
+        """Every item once, wherever it is (for `validate`)."""
+        assert self._waiting == {m: queue for m, queue in self._queues.items() if len(queue)}
+        waiting = [e.item.item for queue in self._queues.values() for e in queue.entries()]
+        running = [e.item.item for b in self._running.values() for e in b.entries]
+        return waiting + running

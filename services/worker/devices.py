@@ -1,0 +1,119 @@
+"""What the device says of its memory: NVML for a GPU, /proc for the CPU that stands for one.
+
+The only file that imports pynvml, and only when a GPU is asked about. NVML counts by device
+and needs no CUDA context, which would cost the agent hundreds of megabytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from shared.config import ConfigError
+
+log = structlog.get_logger(__name__)
+
+
+def resolve(device: str) -> str:
+    """`cpu` or `cuda:<n>` for what the configuration says."""
+    if device == "auto":
+        with _nvml() as nvml:
+            return "cuda:0" if nvml is not None and nvml.nvmlDeviceGetCount() else "cpu"
+    return "cuda:0" if device == "cuda" else device
+
+
+def capacity_bytes(device: str) -> int:
+    """All the memory of a device of `resolve`. Raises `ConfigError` when nobody can tell."""
+    if device == "cpu":
+        return _machine_bytes()
+    with _nvml() as nvml:
+        if nvml is None:
+            raise ConfigError(
+                f"NVML does not tell what {device} has: set ROOST_WORKER_BUDGET_BYTES "
+                "(or ROOST_WORKER_DEVICE=cpu where there is no GPU)"
+            )
+        handle = _handle(nvml, int(device.partition(":")[2] or 0))
+        return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
+
+
+class Meter:
+    """Measures what the models of one engine take, from outside the engine."""
+
+    def __init__(self, device: str, uuid: str, pid: int, base_bytes: int) -> None:
+        """`base_bytes`: what the engine took before any model, which is not counted."""
+        self._uuid = uuid if device != "cpu" else ""
+        self._pid = pid
+        self._base_bytes = base_bytes
+
+    def models_bytes(self) -> int:
+        """Bytes in use beyond the engine's own. On a GPU that includes other processes' models:
+        it is the device that is full or not. 0 when it cannot be measured (now)."""
+        used = _gpu_used(self._uuid) if self._uuid else _resident_bytes(self._pid)
+        return max(used - self._base_bytes, 0)
+
+
+def _gpu_used(uuid: str) -> int:
+    with contextlib.suppress(ConfigError), _nvml() as nvml:
+        if nvml is not None:
+            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+            return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+    return 0
+
+
+def _resident_bytes(pid: int) -> int:
+    """The resident set without the shared regions, which are the agent's as well."""
+    found = {"VmRSS": 0, "RssShmem": 0}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in found:
+                found[name] = int(value.split()[0]) * 1024
+    return found["VmRSS"] - found["RssShmem"]
+
+
+def _machine_bytes() -> int:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return machine
+
+
+def _handle(nvml: Any, index: int) -> Any:
+    """The device that CUDA calls `index`, which CUDA_VISIBLE_DEVICES may have renamed."""
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    name = visible[index] if index < len(visible) and visible[index] else str(index)
+    if name.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    return nvml.nvmlDeviceGetHandleByUUID(name)
+
+
+_started = False
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """The library, initialised once per process; None where there is no driver. Its errors
+    leave the block as `ConfigError`."""
+    global _started  # noqa: PLW0603 — NVML itself is one per process
+    try:
+        import pynvml
+    except ImportError:
+        yield None
+        return
+    try:
+        if not _started:
+            pynvml.nvmlInit()
+            _started = True
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    except pynvml.NVMLError as error:
+        log.warning("nvml_failed", error=str(error))
+        raise ConfigError(f"NVML: {error}") from error

@@ -1,0 +1,76 @@
+"""`python -m services.worker.engine`: started by the agent, with three inherited descriptors
+and an environment without credentials."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import gc
+import signal
+import socket
+from typing import Final, NoReturn
+
+_PR_SET_PDEATHSIG: Final = 1
+_M_ARENA_MAX: Final = -8
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m services.worker.engine")
+    parser.add_argument("--control-fd", type=int, required=True, help="the stream socket")
+    parser.add_argument("--inbox-fd", type=int, required=True, help="shared memory of inputs")
+    parser.add_argument("--outbox-fd", type=int, required=True, help="shared memory of outputs")
+    parser.add_argument("--device", required=True, help="cpu or cuda:<n>")
+    parser.add_argument("--budget-bytes", type=int, required=True, help="for all models together")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operator")
+    return parser.parse_args()
+
+
+def _live_and_die_with_the_agent() -> None:
+    """The agent alone decides when the engine ends. A signal to the whole process group (Ctrl-C,
+    a supervisor's SIGTERM) must not take away the batches that the agent wants to finish; and
+    when the agent is killed, a thread in the midst of a model must not live on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _one_heap() -> None:
+    """Threads share glibc's main heap: of the others, `malloc_trim` leaves the top standing, up
+    to 64 MB of weights that were evicted. To be called before there are other threads."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def main() -> NoReturn:
+    arguments = _arguments()
+    faulthandler.enable()
+    _one_heap()
+    _live_and_die_with_the_agent()
+
+    # Here and not above: torch takes seconds to import, and the rest should come before it.
+    import torch
+
+    from services.worker.arena import Arena
+    from services.worker.engine.channel import Channel
+    from services.worker.engine.loop import fail, serve
+    from services.worker.engine.memory import open_device
+
+    torch.set_num_threads(max(arguments.threads, 1))
+    channel = Channel(socket.socket(fileno=arguments.control_fd))
+    inbox = Arena.attach(arguments.inbox_fd)
+    outbox = Arena.attach(arguments.outbox_fd)
+    try:
+        device = open_device(arguments.device, arguments.budget_bytes)
+    except (RuntimeError, ValueError) as error:
+        fail(channel, error)
+    # What is imported by now stays: a collection after an eviction need not look at it again.
+    gc.collect()
+    gc.freeze()
+    serve(channel, inbox, outbox, device, arguments.budget_bytes)
+
+
+main()

@@ -1,0 +1,123 @@
+"""Requests as they arrive: bytes and properties into what the core decides about.
+
+Whatever stands in a message ends in one of three ways: a request to run, a `Fault` to answer
+with, or a reason why nobody can be answered. Nothing here raises for a message's content.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from services.worker.core.events import Fault, Item, ItemArrived, Kind
+from shared.broker.port import Delivery, Message
+from shared.errors import InvalidRequest, RoostError
+from shared.models import ModelSpec
+from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId, reply_to_allowed
+from shared.v2 import InferRequest, check_inputs, decode_request, parse_header_length, timeout_us
+
+
+@dataclass(slots=True)
+class Held:
+    """One message that we took and have not answered."""
+
+    item: Item
+    delivery: Delivery
+    request: InferRequest
+
+
+class Items:
+    """What is held, by the core's number for it."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Held] = {}
+        self._numbers: Iterator[int] = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, item: int) -> Held:
+        return self._held[item]
+
+    def settled(self, item: int) -> None:
+        self._held.pop(item, None)
+
+    def take(
+        self,
+        delivery: Delivery,
+        model: ModelId,
+        subscription: int,
+        spec: ModelSpec,
+        *,
+        now: float,
+        wall: float,
+    ) -> ItemArrived:
+        """Reads a delivery and keeps it. `now` is monotonic, `wall` Unix time, in seconds."""
+        message = delivery.message
+        unanswerable = _unanswerable(delivery)
+        request, rows, deadline, fault = InferRequest(), 1, None, None
+        if unanswerable is None:
+            try:
+                request = decode_request(
+                    message.body, parse_header_length(message.headers.get(HEADER_LENGTH))
+                )
+                deadline = _deadline(message, request, now, wall)
+                rows = check_inputs(request, spec)
+            except RoostError as error:
+                fault = Fault(error.code, str(error))
+        if fault is None and deadline is not None and deadline <= now:
+            fault = Fault("deadline_exceeded", "its deadline had passed when it arrived")
+        item = Item(
+            item=next(self._numbers),
+            model=model,
+            subscription=subscription,
+            rows=rows,
+            kind=_kind(request, spec),
+            nbytes=max(sum(len(t.data) for t in request.inputs), len(message.body)),
+            arrived=now,
+            deadline=deadline,
+        )
+        self._held[item.item] = Held(item, delivery, request)
+        return ItemArrived(item, fault, unanswerable)
+
+
+def _unanswerable(delivery: Delivery) -> str | None:
+    message = delivery.message
+    if delivery.malformed is not None:
+        return f"malformed properties: {delivery.malformed}"
+    if not message.reply_to:
+        return "no reply_to"
+    if not reply_to_allowed(message.reply_to):
+        return "reply_to is not a reply queue"
+    if not message.correlation_id:
+        return "no correlation_id"
+    return None
+
+
+def _deadline(message: Message, request: InferRequest, now: float, wall: float) -> float | None:
+    """On our monotonic clock: the header's, or the request's own time-out from its arrival,
+    whichever is sooner."""
+    deadlines: list[float] = []
+    header = message.headers.get(HEADER_DEADLINE)
+    if header is not None:
+        if isinstance(header, bool) or not isinstance(header, int | float | str):
+            raise InvalidRequest(f"{HEADER_DEADLINE} must be Unix time in milliseconds")
+        try:
+            at = float(header) / 1e3
+        except ValueError:
+            at = math.nan
+        if not math.isfinite(at):
+            raise InvalidRequest(f"{HEADER_DEADLINE} must be Unix time in milliseconds")
+        deadlines.append(now + at - wall)
+    timeout = timeout_us(request.parameters)
+    if timeout is not None:
+        deadlines.append(now + timeout / 1e6)
+    return min(deadlines, default=None)
+
+
+def _kind(request: InferRequest, spec: ModelSpec) -> Kind:
+    if not spec.max_batch_size:
+        return ()
+    return tuple(sorted((t.name, t.datatype, t.shape[1:]) for t in request.inputs))

@@ -1,0 +1,178 @@
+"""Answers: published to the asker's reply queue, and only then acknowledged.
+
+What happens when publishing fails decides whether a request is lost: an asker whose queue is
+gone needs no answer (dropped, counted); when it is uncertain whether the answer arrived, the
+request is given back and runs again, since inference is pure and askers match replies by id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import structlog
+
+from services.worker.core.events import Fault
+from services.worker.items import Held
+from services.worker.metrics import Metrics
+from shared.broker.port import Broker, HeaderValue, Message, QueueFull, Unroutable
+from shared.errors import STATUS, RoostError, TooLarge, from_code
+from shared.names import (
+    DIRECT_REPLY_PREFIX,
+    HEADER_BATCH,
+    HEADER_CODE,
+    HEADER_COMPUTE_US,
+    HEADER_LENGTH,
+    HEADER_QUEUE_US,
+    HEADER_RETRYABLE,
+    HEADER_STATUS,
+    reply_to_allowed,
+    split_model_id,
+)
+from shared.tensors import Tensor
+from shared.v2 import encode_response, error_body
+
+log = structlog.get_logger(__name__)
+
+
+class Replier:
+    """Sends answers in tasks of its own; `settled` is called once per item, at its end."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        settled: Callable[[int], None],
+        metrics: Metrics,
+        *,
+        timeout_s: float,
+    ) -> None:
+        self._broker = broker
+        self._settled = settled
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- the four ends of an item ---------------------------------------------------------
+
+    def answer(
+        self,
+        held: Held,
+        outputs: Sequence[Tensor],
+        *,
+        queue_s: float,
+        compute_s: float,
+        batch_rows: int,
+    ) -> None:
+        """The outputs are copied before this returns."""
+        name, version = split_model_id(held.item.model)
+        request = held.request
+        try:
+            body, length = encode_response(name, version, request.id, outputs, request)
+        except RoostError as error:
+            self.refuse(held, Fault(error.code, str(error)))
+            return
+        headers: dict[str, HeaderValue] = {
+            HEADER_CODE: "ok",
+            HEADER_STATUS: 200,
+            HEADER_QUEUE_US: int(queue_s * 1e6),
+            HEADER_COMPUTE_US: int(compute_s * 1e6),
+            HEADER_BATCH: batch_rows,
+        }
+        if length is not None:
+            headers[HEADER_LENGTH] = length
+        self._metrics.request(name, "ok", late=_late(held))
+        self._begin(held, self._reply(held, body, headers))
+
+    def refuse(self, held: Held, fault: Fault) -> None:
+        self._metrics.request(split_model_id(held.item.model)[0], fault.code, late=_late(held))
+        self._begin(held, self._reply(held, error_body(fault.message), _headers(fault)))
+
+    def give_back(self, held: Held) -> None:
+        self._begin(held, held.delivery.requeue())
+
+    def bury(self, held: Held, reason: str, fault: Fault | None) -> None:
+        """A dead letter first: if that fails, the message goes back, and nobody was told."""
+        code = fault.code if fault else "dead_lettered"
+        self._metrics.request(split_model_id(held.item.model)[0], code, late=False)
+        log.warning("dead_lettered", model=held.item.model, reason=reason)
+        self._begin(held, self._bury(held, reason, fault))
+
+    async def drained(self) -> None:
+        """Returns when nothing is being sent."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    # --- how ------------------------------------------------------------------------------
+
+    def _begin(self, held: Held, sending: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(self._settle(held, sending), name=f"reply {held.item.item}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _settle(self, held: Held, sending: Coroutine[Any, Any, None]) -> None:
+        try:
+            await sending
+        except RoostError as error:
+            log.warning("reply_failed", model=held.item.model, error=str(error))
+            self._metrics.reply_failures.labels(error.code).inc()
+            await held.delivery.requeue()
+        except Exception:
+            log.exception("reply_failed", model=held.item.model)
+            await held.delivery.requeue()
+        finally:
+            self._settled(held.item.item)
+
+    async def _reply(self, held: Held, body: bytes, headers: dict[str, HeaderValue]) -> None:
+        try:
+            await self._publish(held, body, headers)
+        except TooLarge as error:
+            fault = Fault(error.code, str(error))
+            await self._publish(held, error_body(fault.message), _headers(fault))
+        except (Unroutable, QueueFull) as error:
+            # Nobody reads there any more: neither would the answer of a second run be read.
+            self._metrics.reply_failures.labels(type(error).__name__.lower()).inc()
+            log.info("reply_unwanted", model=held.item.model, error=str(error))
+        await held.delivery.ack()
+
+    async def _bury(self, held: Held, reason: str, fault: Fault | None) -> None:
+        await held.delivery.dead_letter(reason)
+        if fault is not None and reply_to_allowed(held.delivery.message.reply_to or ""):
+            try:
+                await self._publish(held, error_body(fault.message), _headers(fault))
+            except RoostError as error:
+                log.info("reply_unwanted", model=held.item.model, error=str(error))
+
+    async def _publish(self, held: Held, body: bytes, headers: dict[str, HeaderValue]) -> None:
+        asked = held.delivery.message
+        assert asked.reply_to is not None, "who cannot be answered is buried"
+        reply = Message(
+            body=body,
+            headers=headers,
+            correlation_id=asked.correlation_id,
+            content_type="application/json"
+            if HEADER_LENGTH not in headers
+            else "application/octet-stream",
+            persistent=False,
+        )
+        await self._broker.publish(
+            "",
+            asked.reply_to,
+            reply,
+            # A direct reply-to is no queue: the broker returns what it delivers there.
+            mandatory=not asked.reply_to.startswith(DIRECT_REPLY_PREFIX),
+            timeout_s=self._timeout_s,
+        )
+
+
+def _headers(fault: Fault) -> dict[str, HeaderValue]:
+    return {
+        HEADER_CODE: fault.code,
+        HEADER_STATUS: STATUS.get(fault.code, 500),
+        HEADER_RETRYABLE: from_code(fault.code, "").retryable,
+    }
+
+
+def _late(held: Held) -> bool:
+    return held.item.deadline is not None and time.monotonic() > held.item.deadline

@@ -1,0 +1,1 @@
+"""Contracts that gateway, placer and worker share. Nothing in here imports torch."""

@@ -1,0 +1,117 @@
+"""The registry as a service asks it, many times a second, from an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from shared.errors import ModelNotFound
+from shared.models import Manifest
+from shared.names import check_name, check_version
+from shared.repository import Repository
+
+NEGATIVE_TTL_S: Final = 0.2
+"""How long "no such model" is believed. Short: the usual next step is to register it."""
+MAX_ABSENT: Final = 1000
+"""Absent names that are remembered; whoever asks for random names must not fill the memory."""
+
+_Key = tuple[str, int | None]
+_Answer = Manifest | ModelNotFound
+_ALL: Final[_Key] = ("", None)
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    expires: float
+    answer: object
+
+
+class Catalog:
+    """Manifests, cached for `ttl_s` seconds; each is looked up once, however many wait.
+
+    Laws: an answer is never older than its time to live, nor than the last `invalidate` of its
+    name; a caller that is cancelled cancels nobody else; failures other than absence are told
+    to those who wait and forgotten. For one event loop.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        ttl_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._repository = repository
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._cached: dict[_Key, _Entry] = {}
+        self._absent: dict[_Key, _Entry] = {}
+        self._asking: dict[_Key, asyncio.Task[object]] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"<Catalog cached={len(self._cached)} absent={len(self._absent)} "
+            f"asking={len(self._asking)}>"
+        )
+
+    async def get(self, name: str, version: int | None = None) -> Manifest:
+        """One version, None for the highest. Raises `ModelNotFound`; `InvalidRequest` when name
+        or version are not such; `Unavailable` when the repository is."""
+        number = None if version is None else check_version(version)
+        key = (check_name(name), number)
+        answer = await self._ask(key, lambda: self._look_up(name, number))
+        if isinstance(answer, ModelNotFound):
+            # A fresh one each time: a raised exception collects its raisers' frames.
+            raise ModelNotFound(answer.message)
+        assert isinstance(answer, Manifest)
+        return answer
+
+    async def ids(self) -> list[Manifest]:
+        """Every registered version, sorted by name and version."""
+        answer = await self._ask(_ALL, lambda: tuple(self._repository.manifests()))
+        assert isinstance(answer, tuple)
+        return list(answer)
+
+    def invalidate(self, name: str | None = None) -> None:
+        """Forgets what is known of a model, None for all: a hint that it has changed."""
+        for table in (self._cached, self._absent, self._asking):
+            for key in [key for key in table if name is None or key[0] == name or key == _ALL]:
+                # Who is waiting still gets that answer; who asks from now on does not.
+                del table[key]
+
+    def _look_up(self, name: str, version: int | None) -> _Answer:
+        try:
+            return self._repository.manifest(name, version)
+        except ModelNotFound as error:
+            return ModelNotFound(error.message)
+
+    async def _ask(self, key: _Key, look_up: Callable[[], object]) -> object:
+        entry = self._cached.get(key) or self._absent.get(key)
+        if entry is not None and self._clock() < entry.expires:
+            return entry.answer
+        task = self._asking.get(key)
+        if task is None:
+            task = asyncio.create_task(asyncio.to_thread(look_up), name=f"look up {key[0]}")
+            self._asking[key] = task
+            asked_at = self._clock()
+            task.add_done_callback(lambda done: self._remember(key, done, asked_at))
+        return await asyncio.shield(task)
+
+    def _remember(self, key: _Key, done: asyncio.Task[object], asked_at: float) -> None:
+        current = self._asking.get(key) is done
+        if current:
+            del self._asking[key]
+        # Reading the exception also says that it was seen, when everybody who waited has left.
+        if done.cancelled() or done.exception() is not None or not current:
+            return
+        answer = done.result()
+        self._cached.pop(key, None)
+        self._absent.pop(key, None)
+        if not isinstance(answer, ModelNotFound):
+            self._cached[key] = _Entry(asked_at + self._ttl_s, answer)
+            return
+        if len(self._absent) >= MAX_ABSENT:
+            del self._absent[next(iter(self._absent))]
+        self._absent[key] = _Entry(asked_at + min(NEGATIVE_TTL_S, self._ttl_s), answer)

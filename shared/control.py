@@ -1,0 +1,110 @@
+"""The control messages: what a worker reports, what the placer assigns. One file, since they
+cross one boundary (the store). Every field that is added later gets a default."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from shared.models import Footprint
+from shared.names import ModelId
+
+Tier = Literal["disk", "host", "device"]
+Phase = Literal["absent", "loading", "ready", "failed"]
+"""Where a model stands on its way to the device of one worker."""
+
+
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One model as one worker sees it. Counters only grow, within one incarnation."""
+
+    model: ModelId
+    tier: Tier
+    phase: Phase
+    bound: bool
+    """The worker consumes the model's queue."""
+    footprint: Footprint
+    held: int = 0
+    """Messages taken from the queue and not yet acknowledged."""
+    saturated: bool = False
+    """The prefetch window is full: more may wait in the broker than the worker can see."""
+    arrived: int = 0
+    """Requests delivered so far."""
+    answered: int = 0
+    busy_s: float = 0.0
+    """Device seconds spent on this model so far."""
+    seconds_per_item: float = 0.0
+    """Device seconds per request at the batch size that it reaches. 0: not known yet."""
+    load_seconds: float = 0.0
+    last_used: float = 0.0
+    """Unix time of the last request; 0: never asked."""
+    error: str | None = None
+    """Why it is `failed`."""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of itself, whole, at every heartbeat: a lost one does no harm."""
+
+    worker: str
+    incarnation: str
+    """New at each start of the agent; counters start again with it."""
+    seq: int
+    at: float
+    """Unix time."""
+    device_kind: str
+    device_name: str
+    budget_bytes: int
+    used_bytes: int
+    """Sum of the footprints, as the worker believes."""
+    measured_bytes: int
+    """What the device itself says (NVML; on a CPU the engine's resident set)."""
+    generation: int
+    """Generation of the assignment that these bindings follow."""
+    fence: int = 0
+    """Highest placer's fence that the worker has seen."""
+    draining: bool = False
+    engine_up: bool = True
+    engine_restarts: int = 0
+    models: tuple[ModelReport, ...] = ()
+
+
+class Assigned(msgspec.Struct, frozen=True):
+    """One model that the placer wants bound, and why."""
+
+    model: ModelId
+    reason: str = ""
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that the placer wants bound on one worker: desired state, not a command.
+
+    A model that is not in it is unbound; its weights stay as a cache until their room is
+    needed. `fence` is the placer's lease generation: an older placer cannot overwrite a newer
+    one's word. `generation` grows with each change for this worker.
+    """
+
+    worker: str
+    fence: int
+    generation: int
+    models: tuple[Assigned, ...] = ()
+    drain: bool = False
+    """Finish and give everything back: the fleet shrinks."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_report = msgspec.msgpack.Decoder(Report)
+_assignment = msgspec.msgpack.Decoder(Assignment)
+
+
+def encode(message: Report | Assignment) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_report(data: bytes) -> Report:
+    """Raises `msgspec.MsgspecError` (ValidationError, DecodeError) on anything else."""
+    return _report.decode(data)
+
+
+def decode_assignment(data: bytes) -> Assignment:
+    """Raises `msgspec.MsgspecError` on anything else."""
+    return _assignment.decode(data)

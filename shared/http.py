@@ -1,0 +1,191 @@
+"""An HTTP server inside a running event loop: uvicorn without its signals, with what it lacks
+against slow and greedy clients. Only HTTP services import this (it needs their extras)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_TIMEOUT_S: Final = 10.0
+"""From the first byte of a request (or the connection's begin) to the end of its headers; also
+how long the rest of a body is read whose answer has already gone out."""
+HEAD_LIMIT_BYTES: Final = 64 * 1024
+"""Request line and headers; one read of the socket more may be held."""
+KEEP_ALIVE_S: Final = 75
+"""Longer than the idle time of usual proxies (60 s): else they send on closing connections."""
+BACKLOG: Final = 2048
+
+
+async def serve(
+    app: ASGIApp,
+    host: str,
+    port: int,
+    stop: asyncio.Event,
+    on_started: Callable[[int], None] | None = None,
+    *,
+    grace_s: float = 10.0,
+    max_connections: int = 4096,
+) -> None:
+    """Serves until `stop` is set; then takes no more connections, lets running requests finish
+    for `grace_s`, cancels the rest and returns. Cancelled itself, it drops everything at once.
+
+    `port` 0 takes a free one; `on_started` is told the real one, when connections are taken.
+    Beyond `max_connections` requests are answered with 503. The app's lifespan is not run: a
+    service's parts are begun and ended in its `app.py`. Raises `OSError` if it cannot listen.
+    """
+    listener = _listen(host, port)
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        # Below that it tells what any client can provoke at will: a flood for our logs.
+        log_level="error",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(grace_s),
+        limit_concurrency=max_connections,
+        backlog=BACKLOG,
+    )
+    bound: int = listener.getsockname()[1]
+    server = _Server(config, lambda: on_started(bound) if on_started else None)
+    watcher = asyncio.create_task(server.exit_when(stop), name="http-stop")
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watcher.cancel()
+        await server.abandon()
+        listener.close()
+
+
+def metrics_route(registry: CollectorRegistry) -> Route:
+    """`GET /metrics`, as Prometheus or OpenMetrics text, whichever is asked for."""
+
+    # Not async: Starlette then runs it in a thread, and thousands of models' series do not
+    # hold up the event loop.
+    def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"content-type": content_type})
+
+    return Route("/metrics", metrics, methods=["GET"])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server(
+        (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::"
+    )
+    listener.setblocking(False)
+    return listener
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the service's
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    async def exit_when(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self.should_exit = True
+
+    async def abandon(self) -> None:
+        """Ends whatever is left, and waits for it. Nothing is, after an orderly shutdown."""
+        for server in getattr(self, "servers", []):
+            server.close()
+        tasks = list(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        if tasks:
+            await asyncio.wait(tasks, timeout=5.0)
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn bounds neither the time nor the bytes of a request's head; here both are.
+
+    A *cycle* is uvicorn's word for a request whose headers are complete. The clock runs while
+    the connection gives bytes that no cycle waits for; an idle keep-alive connection is
+    uvicorn's to close.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clock: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_body = False
+        self._ended = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._nobody_waits():
+            self._start_clock()
+        was_in_body, self._ended = self._in_body, False
+        super().data_received(data)
+        if was_in_body or self._in_body or self._ended or self.transport.is_closing():
+            return  # some of these bytes, or all, were a body's
+        self._head_bytes += len(data)
+        if self._head_bytes > HEAD_LIMIT_BYTES:
+            self.send_400_response("Request line and headers are too large.")
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._in_body = True
+        self._head_bytes = 0
+        self._stop_clock()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_body = False
+        self._ended = True
+        if self._nobody_waits():
+            self._stop_clock()
+
+    def _nobody_waits(self) -> bool:
+        return getattr(self.cycle, "response_complete", True)  # before the first it is None
+
+    def _start_clock(self) -> None:
+        if self._clock is None:
+            self._clock = self.loop.call_later(HEAD_TIMEOUT_S, self._out_of_time)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _out_of_time(self) -> None:
+        self._clock = None
+        # Not close(): that waits until a client that does not read has read its answer.
+        self.transport.abort()

@@ -1,0 +1,80 @@
+"""Manifests as files: where they lie, what is in them, when two say the same."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from typing import Final
+
+import msgspec
+
+from shared.blobs import check_digest
+from shared.errors import Internal, InvalidRequest, RoostError
+from shared.models import Manifest, ModelSpec
+from shared.names import ModelId, check_name, check_version, split_model_id
+
+MODELS: Final = "models"
+MANIFEST: Final = "manifest.json"
+MAX_MANIFEST_BYTES: Final = 1 << 20
+
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]+")
+_decode_manifest = msgspec.json.Decoder(Manifest).decode
+
+
+def new_manifest(name: str, version: int, spec: ModelSpec, digest: str, size: int) -> Manifest:
+    fields = {field: getattr(spec, field) for field in ModelSpec.__struct_fields__}
+    return Manifest(
+        name=name, version=version, digest=digest, size_bytes=size, created_at=time.time(),
+        **fields,
+    )  # fmt: skip
+
+
+def same_manifest(one: Manifest, other: Manifest) -> bool:
+    """Whether two manifests say the same, whenever they were made. The digest implies the size."""
+    replace = msgspec.structs.replace
+    return replace(one, created_at=0.0, size_bytes=0) == replace(
+        other, created_at=0.0, size_bytes=0
+    )
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise InvalidRequest(f"the specification is larger than {MAX_MANIFEST_BYTES:,} bytes")
+    return data
+
+
+def decode_manifest(path: str, data: bytes) -> Manifest:
+    """Raises `Internal` naming the file when it is not the manifest that its path promises."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise Internal(f"{path} is not a valid manifest: it has {len(data):,} bytes")
+    try:
+        manifest = _decode_manifest(data)
+        check_digest(manifest.digest)
+    except (msgspec.MsgspecError, ValueError, RecursionError, RoostError) as error:
+        raise Internal(f"{path} is not a valid manifest: {error}") from error
+    if (manifest.name, manifest.version) != split_path(path):
+        raise Internal(f"{path} is not a valid manifest: it is that of {manifest.id}")
+    return manifest
+
+
+def manifest_path(name: str, version: int) -> str:
+    return f"{MODELS}/{name}/{version}/{MANIFEST}"
+
+
+def split_path(path: str) -> tuple[str, int] | None:
+    """Name and version from a manifest's path; None for folders that are not ours."""
+    _, name, version, _ = path.split("/")
+    try:
+        return check_name(name), check_version(version)
+    except InvalidRequest:
+        return None
+
+
+def profile_path(model: ModelId, device_kind: str) -> str:
+    name, version = split_model_id(model)
+    # Readable, and never the same for two kinds.
+    readable = _UNSAFE.sub("_", device_kind)[:64]
+    unique = hashlib.sha256(device_kind.encode()).hexdigest()[:8]
+    return f"{MODELS}/{name}/{version}/profiles/{readable}-{unique}.json"

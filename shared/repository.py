@@ -1,0 +1,350 @@
+"""The registry: every model version with its file, and what was measured of it.
+
+Layout below the root, which is a directory or any URL that fsspec can open:
+
+    blobs/sha256/<2 hex>/<64 hex>                       files, by content
+    models/<name>/<version>/manifest.json               one immutable version
+    models/<name>/<version>/profiles/<device kind>.json what a worker measured
+    tmp/                                                unfinished uploads
+
+A version exists when its manifest does, and a manifest appears in one step, after its file.
+So there is no index to repair: the folders are the truth, and copying them is a backup.
+Everything here is synchronous and may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+import structlog
+
+from shared.archive import check_torchscript
+from shared.blobs import BlobStore, BlobWriter, check_digest
+from shared.errors import (
+    AlreadyExists,
+    Internal,
+    InvalidRequest,
+    ModelNotFound,
+    RoostError,
+    Unavailable,
+)
+from shared.manifests import (
+    MANIFEST,
+    MODELS,
+    decode_manifest,
+    encode_manifest,
+    manifest_path,
+    new_manifest,
+    profile_path,
+    same_manifest,
+    split_path,
+)
+from shared.models import Manifest, ModelSpec, Profile
+from shared.names import ModelId, check_name, check_version, split_model_id
+from shared.storage import open_storage
+from shared.triton import scan
+
+_RACES: Final = 1000
+"""How often the next version number may be snatched away before we say so."""
+_MENTION: Final = re.compile(rb"sha256:[0-9a-f]{64}")
+_READ_BYTES: Final = 1 << 20
+
+_log = structlog.get_logger(__name__)
+_decode_profile = msgspec.json.Decoder(Profile).decode
+
+
+class Collected(msgspec.Struct, frozen=True):
+    """What `collect_garbage` removed."""
+
+    blobs: int
+    blob_bytes: int
+    unfinished_uploads: int
+
+
+class Repository:
+    """See the module's text. `url` is a path or an fsspec URL, e.g. `s3://bucket/roost`."""
+
+    def __init__(self, url: str) -> None:
+        self._storage = open_storage(url)
+        self._blobs = BlobStore(self._storage)
+        self._caches: dict[str, BlobStore] = {}
+        self._checked: set[str] = set()
+        """Digests that this process has found to be TorchScript."""
+        self._decoded: dict[str, tuple[tuple[object, ...], Manifest | None]] = {}
+        """Stamp and manifest by path, for listings; None for a broken one."""
+
+    def __repr__(self) -> str:
+        return f"Repository({self._storage!r})"
+
+    # --- files --------------------------------------------------------------------------
+
+    def put_blob(
+        self,
+        chunks: Iterable[bytes],
+        expect_digest: str | None = None,
+        max_bytes: int | None = None,
+    ) -> tuple[str, int]:
+        """Stores a file; returns its digest and size. The same content is stored once.
+
+        Raises `InvalidRequest` when the digest is not the expected one, `TooLarge`.
+        """
+        return self._blobs.put(chunks, expect_digest, max_bytes)
+
+    def open_blob_writer(self, max_bytes: int | None = None) -> BlobWriter:
+        """For uploads that come in pieces: `with … as w: w.write(piece); w.commit(expect)`."""
+        return self._blobs.writer(max_bytes)
+
+    def has_blob(self, digest: str) -> bool:
+        return self._blobs.has(digest)
+
+    def blob_size(self, digest: str) -> int:
+        """Bytes; raises `ModelNotFound` when there is no such file."""
+        return self._blobs.size(digest)
+
+    def local_path(self, digest: str, cache_dir: str) -> str:
+        """A verified file on this machine: the repository's own when it is a directory, else
+        a copy below `cache_dir` (same layout, not cleaned up here).
+
+        Hashed once per process, its size checked each time. Raises `ModelNotFound` when the
+        repository has no such file, `Internal` when it is damaged.
+        """
+        path = self._blobs.verified_path(check_digest(digest))
+        if path is not None:
+            return path
+        if not self._blobs.has(digest):
+            raise ModelNotFound(f"the repository has no file {digest}")
+        cache = self._caches.get(cache_dir)
+        if cache is None:
+            storage = open_storage(cache_dir, durable=False)
+            storage.sweep(min_age_s=60.0)
+            cache = self._caches.setdefault(cache_dir, BlobStore(storage))
+        return cache.fetch(digest, self._blobs)
+
+    # --- versions -----------------------------------------------------------------------
+
+    def register(self, name: str, version: int | None, spec: ModelSpec, digest: str) -> Manifest:
+        """Makes a stored file a version of a model; durable on return.
+
+        `version=None` takes the next number, unless the newest version is just this already.
+        Registering the same again returns the manifest that is there. Raises `AlreadyExists`
+        when the version holds something else, `InvalidRequest` when the file is not there or
+        not what the spec says it is.
+        """
+        check_name(name)
+        if version is not None:
+            version = check_version(version)
+        size = self._check_file(digest)
+        for _ in range(_RACES):
+            number = version or self._next_version(name, spec, digest)
+            fresh = new_manifest(name, number, spec, digest, size)
+            path = manifest_path(name, number)
+            try:
+                # The lock keeps collect_garbage from taking the file in between.
+                with self._storage.lock(exclusive=False):
+                    self._blobs.touch(digest)
+                    self._storage.create(path, encode_manifest(fresh))
+                return fresh
+            except FileExistsError:
+                try:
+                    present = self.manifest(name, number)
+                except ModelNotFound:
+                    continue  # removed again in this moment
+                if same_manifest(present, fresh):
+                    return present
+                if version is not None:
+                    raise AlreadyExists(
+                        f"model {name!r} has a version {number} already, with another file or "
+                        "specification; versions are immutable, so register a new one"
+                    ) from None
+            except ModelNotFound as error:
+                raise _no_upload(digest) from error
+        raise Unavailable(f"too many registrations of {name!r} at once; try again")
+
+    def _next_version(self, name: str, spec: ModelSpec, digest: str) -> int:
+        newest = max(self.versions(name), default=0)
+        try:
+            same = newest and same_manifest(
+                self.manifest(name, newest), new_manifest(name, newest, spec, digest, 0)
+            )
+        except RoostError:  # broken, or removed in this moment: no reason to refuse a new one
+            same = False
+        return newest if same else check_version(newest + 1)
+
+    def _check_file(self, digest: str) -> int:
+        """The file's size, once it is known to be what it should be."""
+        try:
+            size = self._blobs.size(digest)
+            if digest in self._checked:
+                return size
+            file = self._blobs.open(digest)
+        except ModelNotFound as error:
+            raise _no_upload(digest) from error
+        with file:
+            check_torchscript(file)
+        if len(self._checked) >= 100_000:
+            self._checked.clear()
+        self._checked.add(digest)
+        return size
+
+    def manifest(self, name: str, version: int | None = None) -> Manifest:
+        """One version, None for the highest. Raises `ModelNotFound`; `Internal`, naming the
+        file, when the manifest is broken."""
+        check_name(name)
+        for _ in range(_RACES):
+            number = check_version(version) if version is not None else None
+            if number is None:
+                versions = self.versions(name)
+                if not versions:
+                    raise ModelNotFound(f"model {name!r} is not registered")
+                number = versions[-1]
+            path = manifest_path(name, number)
+            try:
+                data = self._storage.read(path)
+            except FileNotFoundError:
+                if version is None:
+                    continue  # removed between the two looks
+                raise ModelNotFound(
+                    f"model {name!r} has no version {number}"
+                    if self.versions(name)
+                    else f"model {name!r} is not registered"
+                ) from None
+            return decode_manifest(path, data)
+        raise Unavailable(f"the versions of {name!r} keep changing; try again")
+
+    def versions(self, name: str) -> list[int]:
+        """Ascending; empty when the model is not registered."""
+        found = self._storage.find(f"{MODELS}/{check_name(name)}", 1, MANIFEST)
+        numbers = (split_path(entry.path) for entry in found)
+        return sorted(number for _, number in filter(None, numbers))
+
+    def names(self) -> Iterator[str]:
+        """Every model with at least one version, sorted."""
+        found = self._storage.find(MODELS, 2, MANIFEST)
+        yield from sorted({known[0] for entry in found if (known := split_path(entry.path))})
+
+    def manifests(self) -> list[Manifest]:
+        """Every version of every model, sorted by name and version, in one pass. A broken
+        manifest is left out and logged once."""
+        before = self._decoded
+        after: dict[str, tuple[tuple[object, ...], Manifest | None]] = {}
+        unread: dict[str, tuple[object, ...]] = {}
+        for entry in self._storage.find(MODELS, 2, MANIFEST):
+            known = before.get(entry.path)
+            if known is not None and known[0] == entry.stamp:
+                after[entry.path] = known
+            else:
+                unread[entry.path] = entry.stamp
+        for path, data in self._storage.read_many(unread).items():
+            manifest: Manifest | None = None
+            try:
+                manifest = decode_manifest(path, data)
+            except Internal as error:
+                _log.warning("manifest_skipped", path=path, error=str(error))
+            after[path] = (unread[path], manifest)
+        self._decoded = after
+        manifests = [manifest for _, manifest in after.values() if manifest is not None]
+        return sorted(manifests, key=lambda manifest: (manifest.name, manifest.version))
+
+    def remove(self, name: str, version: int | None = None) -> None:
+        """Removes one version, None for all of them, with their profiles. Files stay until
+        `collect_garbage`. Raises `ModelNotFound`."""
+        check_name(name)
+        numbers = self.versions(name) if version is None else [check_version(version)]
+        removed = 0
+        with self._storage.lock(exclusive=True):
+            for number in numbers:
+                try:
+                    self._storage.remove(manifest_path(name, number))
+                    removed += 1
+                except FileNotFoundError:
+                    continue
+                self._storage.remove_tree(f"{MODELS}/{name}/{number}")
+        if not removed:
+            what = "is not registered" if version is None else f"has no version {version}"
+            raise ModelNotFound(f"model {name!r} {what}")
+
+    def collect_garbage(self, min_age_s: float = 3600.0) -> Collected:
+        """Removes files that no manifest mentions, and uploads whose writer is gone, when they
+        are older than `min_age_s` seconds.
+
+        A file is stored before its manifest, so `min_age_s` must exceed the time between the
+        two. On a directory nothing can be registered meanwhile; a bucket has no lock, so there
+        it should run while nobody registers.
+        """
+        blobs = size = 0
+        with self._storage.lock(exclusive=True):
+            uploads = self._storage.sweep(min_age_s)
+            paths = [entry.path for entry in self._storage.find(MODELS, 2, MANIFEST)]
+            # Taken from the raw text: a manifest of a newer Roost still keeps its file.
+            used = {
+                mention.decode()
+                for data in self._storage.read_many(paths).values()
+                for mention in _MENTION.findall(data)
+            }
+            now = time.time()
+            for digest, entry in self._blobs.entries().items():
+                if digest in used or entry.modified is None or now - entry.modified < min_age_s:
+                    continue
+                self._blobs.remove(digest)
+                self._checked.discard(digest)
+                blobs += 1
+                size += entry.size
+        return Collected(blobs, size, uploads)
+
+    # --- measurements -------------------------------------------------------------------
+
+    def profile(self, model: ModelId, device_kind: str) -> Profile | None:
+        """What was measured of a model on this kind of device; None when nothing was, or when
+        it cannot be read (it can be measured again)."""
+        path = profile_path(model, device_kind)
+        try:
+            profile = _decode_profile(self._storage.read(path))
+        except FileNotFoundError:
+            return None
+        except (msgspec.MsgspecError, ValueError) as error:
+            _log.warning("profile_skipped", path=path, error=str(error))
+            return None
+        return profile if profile.device_kind == device_kind else None
+
+    def put_profile(self, model: ModelId, profile: Profile) -> None:
+        """Keeps a measurement in place of the last one. Raises `ModelNotFound`."""
+        path = profile_path(model, profile.device_kind)
+        with self._storage.lock(exclusive=False):
+            try:
+                self._storage.entry(manifest_path(*split_model_id(model)))
+            except FileNotFoundError:
+                raise ModelNotFound(f"model {model!r} is not registered") from None
+            self._storage.replace(path, msgspec.json.encode(profile))
+
+    # --- import -------------------------------------------------------------------------
+
+    def import_triton(self, directory: str) -> tuple[list[Manifest], dict[str, RoostError]]:
+        """Registers every model version of a Triton model repository (a path or fsspec URL).
+
+        Returns the manifests, and the errors by `<model>` or `<model>/<version>`: a model that
+        cannot be imported does not keep the others out. Importing again changes nothing.
+        """
+        manifests: list[Manifest] = []
+        errors: dict[str, RoostError] = {}
+        for found in scan(directory):
+            if isinstance(found.content, RoostError):
+                errors[found.label] = found.content
+                continue
+            try:
+                with found.content.open() as file:
+                    digest, _ = self.put_blob(iter(lambda: file.read(_READ_BYTES), b""))
+                version, spec = found.content.version, found.content.spec
+                manifests.append(self.register(found.content.name, version, spec, digest))
+            except RoostError as error:
+                errors[found.label] = error
+            except OSError as error:
+                errors[found.label] = Unavailable(f"cannot be read: {error.strerror or error}")
+        return manifests, errors
+
+
+def _no_upload(digest: str) -> InvalidRequest:
+    return InvalidRequest(f"the repository has no file {digest}: upload it first")

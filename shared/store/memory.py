@@ -1,0 +1,141 @@
+"""The store's twin in memory: one `MemoryState` is the server, each service has a `MemoryStore`.
+
+It keeps the same laws as Redis (tests/contract/test_store.py), time and loss of content
+included. It serves `--embedded`, where all services live in one process, and the tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+
+from shared.control import Assignment, Report
+from shared.names import ModelId
+from shared.store.port import StoreUnavailable
+
+
+class MemoryState:
+    """What a Redis server would hold. `now` is monotonic seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.reachable = True
+        """Tests set it to False: every call then raises `StoreUnavailable`."""
+        self._last_fence = 0
+        self._listeners: list[tuple[frozenset[str], asyncio.Queue[str]]] = []
+        self.flush()
+
+    def flush(self) -> None:
+        """Loses everything, as FLUSHALL or a restart without persistence does."""
+        self.epoch = uuid.uuid4().hex
+        self.reports: dict[str, tuple[float, Report]] = {}
+        self.assignments: dict[str, Assignment] = {}
+        self.active: set[ModelId] = set()
+        self.lease: tuple[str, int, float] | None = None
+
+    def next_fence(self) -> int:
+        """Higher than any before: wall-clock milliseconds survive a flush, a counter does not."""
+        self._last_fence = max(self._last_fence + 1, int(time.time() * 1000))
+        return self._last_fence
+
+    def listen(self, topics: frozenset[str]) -> asyncio.Queue[str]:
+        queue: asyncio.Queue[str] = asyncio.Queue()
+        self._listeners.append((topics, queue))
+        return queue
+
+    def unlisten(self, queue: asyncio.Queue[str]) -> None:
+        self._listeners = [entry for entry in self._listeners if entry[1] is not queue]
+
+    def announce(self, topic: str) -> None:
+        for topics, queue in self._listeners:
+            if topic in topics:
+                queue.put_nowait(topic)
+
+
+class MemoryStore:
+    """One service's access to a `MemoryState`. See `shared.store.port.Store`."""
+
+    def __init__(self, state: MemoryState) -> None:
+        self._state = state
+
+    async def start(self) -> None:
+        self._reach()
+
+    async def close(self) -> None:
+        pass
+
+    async def put_report(self, report: Report, ttl_s: float) -> None:
+        state = self._reach()
+        state.reports[report.worker] = (state.now() + ttl_s, report)
+
+    async def remove_report(self, worker: str) -> None:
+        self._reach().reports.pop(worker, None)
+
+    async def reports(self) -> list[Report]:
+        state = self._reach()
+        now = state.now()
+        state.reports = {w: entry for w, entry in state.reports.items() if entry[0] > now}
+        return [report for _, report in state.reports.values()]
+
+    async def put_assignment(self, assignment: Assignment) -> bool:
+        state = self._reach()
+        stored = state.assignments.get(assignment.worker)
+        if stored and (stored.fence, stored.generation) >= (
+            assignment.fence,
+            assignment.generation,
+        ):
+            return stored == assignment
+        state.assignments[assignment.worker] = assignment
+        return True
+
+    async def assignment(self, worker: str) -> Assignment | None:
+        return self._reach().assignments.get(worker)
+
+    async def hint(self, topic: str) -> None:
+        self._reach().announce(topic)
+
+    async def hints(self, *topics: str) -> AsyncIterator[str]:
+        queue = self._state.listen(frozenset(topics))
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._state.unlisten(queue)
+
+    async def acquire_lease(self, holder: str, ttl_s: float) -> int | None:
+        state = self._reach()
+        now = state.now()
+        if state.lease and state.lease[2] > now:
+            owner, fence, _ = state.lease
+            if owner != holder:
+                return None
+        else:
+            fence = state.next_fence()
+        state.lease = (holder, fence, now + ttl_s)
+        return fence
+
+    async def release_lease(self, holder: str) -> None:
+        state = self._reach()
+        if state.lease and state.lease[0] == holder:
+            state.lease = None
+
+    async def add_active(self, model: ModelId) -> None:
+        self._reach().active.add(model)
+
+    async def remove_active(self, model: ModelId) -> None:
+        with contextlib.suppress(KeyError):
+            self._reach().active.remove(model)
+
+    async def active(self) -> set[ModelId]:
+        return set(self._reach().active)
+
+    async def epoch(self) -> str:
+        return self._reach().epoch
+
+    def _reach(self) -> MemoryState:
+        if not self._state.reachable:
+            raise StoreUnavailable("the store cannot be reached")
+        return self._state

@@ -1,0 +1,264 @@
+"""The store on Redis 7 and newer, and on Valkey.
+
+Keys (all under one prefix; `{w:<id>}` keeps what one script touches in one cluster slot):
+
+    <prefix>workers                  zset   worker → Unix ms until which its report counts
+    <prefix>{w:<id>}:report          string a report, msgpack, with PX
+    <prefix>{w:<id>}:assignment      hash   fence, generation, body
+    <prefix>{pl}:lease               string holder, with PX
+    <prefix>{pl}:fence               hash   last, holder
+    <prefix>{pl}:active              set    model ids whose queues exist
+    <prefix>epoch                    string random, set when absent: tells a flush
+
+Every write is idempotent (absolute values, or scripts that compare), because the client
+repeats commands whose reply was lost. Hints are pub/sub and may be lost; nobody depends on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import structlog
+from redis import exceptions
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from shared import control
+from shared.control import Assignment, Report
+from shared.names import ModelId
+from shared.store.port import StoreUnavailable
+
+log = structlog.get_logger(__name__)
+
+_PUT_ASSIGNMENT = """
+local fence = tonumber(redis.call('HGET', KEYS[1], 'fence') or '-1')
+local generation = tonumber(redis.call('HGET', KEYS[1], 'generation') or '-1')
+local f, g = tonumber(ARGV[1]), tonumber(ARGV[2])
+if f < fence or (f == fence and g < generation) then return 0 end
+if f == fence and g == generation then
+  return redis.call('HGET', KEYS[1], 'body') == ARGV[3] and 1 or 0
+end
+redis.call('HSET', KEYS[1], 'fence', ARGV[1], 'generation', ARGV[2], 'body', ARGV[3])
+return 1
+"""
+
+# The fence is max(last + 1, the server's clock in ms): a bare counter would start again at 1
+# when Redis loses its content, and a stale placer could then overrule a fresh one.
+_ACQUIRE_LEASE = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return false end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if holder and redis.call('HGET', KEYS[2], 'holder') == ARGV[1] then
+  return redis.call('HGET', KEYS[2], 'last')
+end
+local t = redis.call('TIME')
+local ms = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local last = tonumber(redis.call('HGET', KEYS[2], 'last') or '0')
+local fence = math.max(ms, last + 1)
+local text = string.format('%.0f', fence)
+redis.call('HSET', KEYS[2], 'last', text, 'holder', ARGV[1])
+return text
+"""
+
+_RELEASE_LEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return 1
+"""
+
+_TIMEOUT_S = 2.0
+"""For one command. A store that does not answer for so long counts as away; whoever asked
+goes on with what is known, and asks again."""
+
+
+class RedisStore:
+    """One service's access to the store. See `shared.store.port.Store` for the laws."""
+
+    def __init__(self, url: str, prefix: str = "roost:") -> None:
+        self._prefix = prefix
+        # redis-py's own retries are off: from_url and Redis() disagree on their number, and
+        # every caller here has a loop that asks again anyway.
+        options: dict[str, Any] = {
+            "retry": Retry(NoBackoff(), 1),
+            "socket_timeout": _TIMEOUT_S,
+            "socket_connect_timeout": _TIMEOUT_S,
+            "socket_keepalive": True,
+            "health_check_interval": 15,
+        }
+        self._redis: Redis = Redis(
+            connection_pool=BlockingConnectionPool.from_url(
+                url, max_connections=16, timeout=_TIMEOUT_S, **options
+            )
+        )
+        # A subscription waits without end, so its socket must not time out.
+        self._listener: Redis = Redis.from_url(
+            url,
+            **options | {"socket_timeout": None, "health_check_interval": 5},
+        )
+        self._put_assignment = self._redis.register_script(_PUT_ASSIGNMENT)
+        self._acquire_lease = self._redis.register_script(_ACQUIRE_LEASE)
+        self._release_lease = self._redis.register_script(_RELEASE_LEASE)
+
+    async def start(self) -> None:
+        """Raises `StoreUnavailable` when Redis does not answer, or would evict our keys."""
+        policy = await self._call(self._redis.config_get("maxmemory-policy"), optional=True)
+        name = (policy or {}).get("maxmemory-policy", (policy or {}).get(b"maxmemory-policy"))
+        if name and name not in {"noeviction", b"noeviction"}:
+            log.warning("redis_may_evict", policy=name, want="maxmemory-policy noeviction")
+        await self._call(self._redis.ping())
+
+    async def close(self) -> None:
+        for client in (self._redis, self._listener):
+            with contextlib.suppress(exceptions.RedisError, OSError):
+                await client.aclose()
+            await client.connection_pool.disconnect()
+
+    # --- reports ---------------------------------------------------------------------------
+
+    async def put_report(self, report: Report, ttl_s: float) -> None:
+        ttl_ms = max(1, int(ttl_s * 1000))
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.set(self._worker_key(report.worker, "report"), control.encode(report), px=ttl_ms)
+        pipe.zadd(self._key("workers"), {report.worker: int(time.time() * 1000) + ttl_ms})
+        await self._call(pipe.execute())
+
+    async def remove_report(self, worker: str) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.delete(self._worker_key(worker, "report"))
+        pipe.zrem(self._key("workers"), worker)
+        await self._call(pipe.execute())
+
+    async def reports(self) -> list[Report]:
+        members = await self._call(self._redis.zrange(self._key("workers"), 0, -1))
+        workers = [name.decode() for name in members]
+        if not workers:
+            return []
+        pipe = self._redis.pipeline(transaction=False)
+        for worker in workers:
+            pipe.get(self._worker_key(worker, "report"))
+        found = []
+        gone = []
+        for worker, data in zip(workers, await self._call(pipe.execute()), strict=True):
+            if data is None:
+                gone.append(worker)
+                continue
+            try:
+                found.append(control.decode_report(data))
+            except (msgspec.MsgspecError, RecursionError) as error:
+                log.warning("report_undecodable", worker=worker, error=str(error))
+        if gone:
+            # Members outlive their reports; those long past are dropped from the set. One that
+            # reports at this very moment puts itself back with its next heartbeat.
+            await self._call(
+                self._redis.zremrangebyscore(
+                    self._key("workers"), "-inf", int(time.time() * 1000) - 60_000
+                )
+            )
+        return found
+
+    # --- assignments -----------------------------------------------------------------------
+
+    async def put_assignment(self, assignment: Assignment) -> bool:
+        stored = await self._call(
+            self._put_assignment(
+                keys=[self._worker_key(assignment.worker, "assignment")],
+                args=[assignment.fence, assignment.generation, control.encode(assignment)],
+            )
+        )
+        return bool(stored)
+
+    async def assignment(self, worker: str) -> Assignment | None:
+        data = await self._call(self._redis.hget(self._worker_key(worker, "assignment"), "body"))
+        if data is None:
+            return None
+        try:
+            return control.decode_assignment(data)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            log.warning("assignment_undecodable", worker=worker, error=str(error))
+            return None
+
+    # --- hints -----------------------------------------------------------------------------
+
+    async def hint(self, topic: str) -> None:
+        await self._call(self._redis.publish(self._key(f"hint:{topic}"), b""))
+
+    async def hints(self, *topics: str) -> AsyncIterator[str]:
+        channels = {self._key(f"hint:{topic}").encode(): topic for topic in topics}
+        pause_s = 0.05
+        while True:
+            try:
+                async with self._listener.pubsub() as pubsub:
+                    await pubsub.subscribe(*(name.decode() for name in channels))
+                    async for message in pubsub.listen():
+                        # A "subscribe" message comes at the start and after each silent
+                        # reconnect of the client: hints may have been lost before it.
+                        if message["type"] in {"message", "subscribe"}:
+                            pause_s = 0.05
+                            yield channels[message["channel"]]
+            except (exceptions.RedisError, OSError, TimeoutError) as error:
+                log.debug("hints_interrupted", error=str(error))
+            await asyncio.sleep(pause_s * (0.5 + random.random()))  # noqa: S311 - jitter
+            pause_s = min(pause_s * 2, 2.0)
+
+    # --- the placer's lease ------------------------------------------------------------------
+
+    async def acquire_lease(self, holder: str, ttl_s: float) -> int | None:
+        fence = await self._call(
+            self._acquire_lease(
+                keys=[self._key("{pl}:lease"), self._key("{pl}:fence")],
+                args=[holder, max(1, int(ttl_s * 1000))],
+            )
+        )
+        return None if fence is None else int(fence)
+
+    async def release_lease(self, holder: str) -> None:
+        await self._call(self._release_lease(keys=[self._key("{pl}:lease")], args=[holder]))
+
+    # --- active queues -----------------------------------------------------------------------
+
+    async def add_active(self, model: ModelId) -> None:
+        await self._call(self._redis.sadd(self._key("{pl}:active"), model))
+
+    async def remove_active(self, model: ModelId) -> None:
+        await self._call(self._redis.srem(self._key("{pl}:active"), model))
+
+    async def active(self) -> set[ModelId]:
+        members = await self._call(self._redis.smembers(self._key("{pl}:active")))
+        return {ModelId(member.decode()) for member in members}
+
+    async def epoch(self) -> str:
+        key = self._key("epoch")
+        await self._call(self._redis.set(key, uuid.uuid4().hex, nx=True))
+        value: bytes | None = await self._call(self._redis.get(key))
+        return (value or b"").decode()
+
+    # --- helpers -----------------------------------------------------------------------------
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}{name}"
+
+    def _worker_key(self, worker: str, name: str) -> str:
+        return f"{self._prefix}{{w:{worker}}}:{name}"
+
+    async def _call(self, command: Any, *, optional: bool = False) -> Any:
+        """Awaits one command; the driver's errors become `StoreUnavailable`.
+
+        redis-py types each command for its synchronous and asynchronous client at once, hence
+        Any. `optional`: a refused command (some hosts forbid CONFIG) gives None instead.
+        """
+        try:
+            return await command
+        except exceptions.ResponseError as error:
+            # LOADING, READONLY and the like: the server is there but cannot serve us now.
+            if optional:
+                return None
+            raise StoreUnavailable(f"the store refused a command: {error}") from error
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
+            raise StoreUnavailable(f"the store cannot be reached: {error}") from error

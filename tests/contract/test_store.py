@@ -1,0 +1,234 @@
+"""The same laws for the store in memory and for Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from shared.control import Assigned, Assignment, ModelReport, Report
+from shared.models import Footprint
+from shared.names import ModelId
+from shared.store.memory import MemoryState, MemoryStore
+from shared.store.port import Store, StoreUnavailable
+from shared.store.redis import RedisStore
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def stores(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Store, Store]]:
+    """Two services' accesses to the same store."""
+    pair: tuple[Store, Store]
+    if request.param == "memory":
+        state = MemoryState()
+        pair = MemoryStore(state), MemoryStore(state)
+    else:
+        url = request.getfixturevalue("redis_url")
+        pair = RedisStore(url), RedisStore(url)
+    for store in pair:
+        await store.start()
+    yield pair
+    for store in pair:
+        await store.close()
+
+
+def report(worker: str = "w0", seq: int = 1) -> Report:
+    return Report(
+        worker=worker,
+        incarnation="i",
+        seq=seq,
+        at=1.0,
+        device_kind="cpu",
+        device_name="cpu",
+        budget_bytes=100,
+        used_bytes=10,
+        measured_bytes=11,
+        generation=0,
+        models=(
+            ModelReport(
+                model=ModelId("bert/1"),
+                tier="device",
+                phase="ready",
+                bound=True,
+                footprint=Footprint(10),
+            ),
+        ),
+    )
+
+
+def assignment(fence: int, generation: int, *models: str) -> Assignment:
+    return Assignment(
+        worker="w0",
+        fence=fence,
+        generation=generation,
+        models=tuple(Assigned(ModelId(m), "because") for m in models),
+    )
+
+
+async def until(condition, deadline_s: float = 5.0) -> None:
+    """Polls an async condition; fails when it does not come true in time."""
+    async with asyncio.timeout(deadline_s):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_report_is_seen_by_others_as_it_was_written(stores):
+    """What one service reports, another reads unchanged; the last writing stands."""
+    one, other = stores
+    await one.put_report(report(seq=1), 10)
+    await one.put_report(report(seq=2), 10)
+    await one.put_report(report("w1"), 10)
+    assert sorted(await other.reports(), key=lambda r: r.worker) == [report(seq=2), report("w1")]
+
+
+async def test_a_report_vanishes_after_its_time(stores):
+    """A worker that stops reporting is not seen any more after its ttl."""
+    one, other = stores
+    await one.put_report(report(), 0.15)
+    assert await other.reports()
+
+    async def gone() -> bool:
+        return not await other.reports()
+
+    await until(gone)
+
+
+async def test_a_leaving_worker_takes_its_report_along(stores):
+    """remove_report has effect at once, and twice does no harm."""
+    one, other = stores
+    await one.put_report(report(), 10)
+    await one.remove_report("w0")
+    await one.remove_report("w0")
+    assert await other.reports() == []
+
+
+async def test_an_older_word_never_overwrites_a_newer_one(stores):
+    """Lower fences and lower generations are refused; repeating the same word is accepted."""
+    one, other = stores
+    assert await one.put_assignment(assignment(5, 1, "a/1"))
+    assert await one.put_assignment(assignment(5, 1, "a/1")), "a repeated command is no conflict"
+    assert not await one.put_assignment(assignment(5, 1, "b/1")), "same generation, other content"
+    assert await one.put_assignment(assignment(5, 2, "b/1"))
+    assert not await one.put_assignment(assignment(5, 1, "c/1"))
+    assert not await other.put_assignment(assignment(4, 9, "c/1")), "a stale placer"
+    assert await other.put_assignment(assignment(6, 0, "d/1"))
+    assert await one.assignment("w0") == assignment(6, 0, "d/1")
+    assert await one.assignment("nobody") is None
+
+
+async def test_a_hint_wakes_those_who_listen_to_its_topic(stores):
+    """A listener gets its own topics and no others."""
+    one, other = stores
+    heard: asyncio.Queue[str] = asyncio.Queue()
+
+    async def listen() -> None:
+        async for topic in other.hints("a", "b"):
+            heard.put_nowait(topic)
+
+    task = asyncio.create_task(listen())
+
+    async def woken() -> bool:
+        await one.hint("elsewhere")
+        await one.hint("b")
+        return not heard.empty()
+
+    await until(woken)
+    await one.hint("a")
+    async with asyncio.timeout(5):
+        while await heard.get() != "a":
+            pass
+    seen = set()
+    while not heard.empty():
+        seen.add(heard.get_nowait())
+    assert "elsewhere" not in seen
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_one_holder_at_a_time_and_fences_only_grow(stores):
+    """The lease excludes others, renews with the same fence, and passes on with a higher one."""
+    one, other = stores
+    first = await one.acquire_lease("p1", 10)
+    assert first is not None
+    assert await other.acquire_lease("p2", 10) is None
+    assert await one.acquire_lease("p1", 10) == first
+    await other.release_lease("p2")
+    assert await other.acquire_lease("p2", 10) is None, "only the holder can release"
+    await one.release_lease("p1")
+    second = await other.acquire_lease("p2", 10)
+    assert second is not None
+    assert second > first
+
+
+async def test_an_expired_lease_can_be_taken(stores):
+    """A holder that does not renew loses the lease."""
+    one, other = stores
+    first = await one.acquire_lease("p1", 0.1)
+    taken: list[int] = []
+
+    async def took() -> bool:
+        fence = await other.acquire_lease("p2", 10)
+        if fence is not None:
+            taken.append(fence)
+        return bool(taken)
+
+    await until(took)
+    assert taken[0] > first
+    assert await one.acquire_lease("p1", 10) is None
+
+
+async def test_active_models_are_a_set(stores):
+    """Adding and removing twice is like once."""
+    one, other = stores
+    for model in ("a/1", "a/1", "b/2"):
+        await one.add_active(ModelId(model))
+    assert await other.active() == {"a/1", "b/2"}
+    await other.remove_active(ModelId("a/1"))
+    await other.remove_active(ModelId("a/1"))
+    assert await one.active() == {"b/2"}
+
+
+async def test_epoch_is_stable_and_the_same_for_all(stores):
+    """Everybody sees the same epoch as long as nothing is lost."""
+    one, other = stores
+    assert await one.epoch() == await other.epoch() == await one.epoch()
+
+
+async def test_a_flush_changes_the_epoch_and_fences_still_grow(redis_url):
+    """After FLUSHALL the epoch is another and the next fence is higher than the last before."""
+    store = RedisStore(redis_url)
+    await store.start()
+    epoch, fence = await store.epoch(), await store.acquire_lease("p1", 10)
+    await store._redis.flushdb()
+    assert await store.epoch() != epoch
+    assert await store.assignment("w0") is None
+    again = await store.acquire_lease("p1", 10)
+    assert again > fence
+    await store.close()
+
+
+async def test_a_store_that_is_away_says_so():
+    """Nothing of the driver leaks: the caller sees StoreUnavailable."""
+    store = RedisStore("redis://127.0.0.1:1/0")
+    with pytest.raises(StoreUnavailable):
+        await store.reports()
+    await store.close()
+    state = MemoryState()
+    state.reachable = False
+    with pytest.raises(StoreUnavailable):
+        await MemoryStore(state).reports()
+
+
+async def test_garbage_in_the_store_is_left_out(redis_url):
+    """An undecodable report or assignment harms nobody."""
+    store = RedisStore(redis_url)
+    await store.start()
+    await store.put_report(report("good"), 10)
+    await store.put_report(report("bad"), 10)
+    await store._redis.set("roost:{w:bad}:report", b"\xc1garbage")
+    await store._redis.hset("roost:{w:bad}:assignment", mapping={"body": b"\xc1"})
+    assert [r.worker for r in await store.reports()] == ["good"]
+    assert await store.assignment("bad") is None
+    await store.close()

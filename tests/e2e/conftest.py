@@ -1,0 +1,41 @@
+"""One real stack for all end-to-end tests: `roost up`, as a person starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.running import Up, save_doubler
+
+
+@pytest.fixture(scope="session")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """A running stack with one worker of 512 MiB and the model `doubler`."""
+    folder = tmp_path_factory.mktemp("stack")
+    stack = Up(folder / "data", "--workers", "1", "--budget", "512MiB", "--device", "cpu")
+    try:
+        stack.wait_ready()
+        stack.roost("push", "doubler", str(save_doubler(folder)), "--manifest", str(_spec(folder)))
+        yield stack
+    finally:
+        stack.stop()
+
+
+def _spec(folder: Path) -> Path:
+    path = folder / "doubler.json"
+    path.write_text(
+        '{"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}],'
+        ' "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1]}],'
+        ' "max_batch_size": 16}'
+    )
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.torch)
+            item.add_marker(pytest.mark.services)

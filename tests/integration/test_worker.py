@@ -1,0 +1,511 @@
+"""The whole agent over the twins of broker and store, with an engine that needs no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import os
+import signal
+import time
+import zipfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from services.worker.app import run
+from services.worker.config import WorkerConfig
+from shared.broker.memory import MemoryBroker, MemoryExchange
+from shared.broker.port import Message
+from shared.control import Assigned, Assignment, ModelReport, Report
+from shared.models import ModelSpec, TensorSpec
+from shared.names import (
+    DEAD,
+    HEADER_BATCH,
+    HEADER_CODE,
+    HEADER_DEAD_REASON,
+    HEADER_DEADLINE,
+    HEADER_LENGTH,
+    HEADER_RETRYABLE,
+    HEADER_STATUS,
+    ModelId,
+    model_queue,
+)
+from shared.repository import Repository
+from shared.store.memory import MemoryState, MemoryStore
+from shared.store.port import topic_assignment
+from shared.tensors import from_numpy, to_numpy
+from shared.v2 import InferRequest, decode_response, encode_request, error_message
+from tests.unit.worker.fake_engine import FakeEngine
+
+REPLIES = "roost.reply.test"
+SPEC = ModelSpec(
+    inputs=(TensorSpec("x", "FP32", (2,)),),
+    outputs=(TensorSpec("y", "FP32", (2,)),),
+    max_batch_size=8,
+)
+
+
+def archive(padding: int) -> bytes:
+    """A file that looks like TorchScript from outside."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as zipped:
+        for name in ("data.pkl", "constants.pkl", "code/m.py", "version"):
+            zipped.writestr(f"m/{name}", b"1")
+        zipped.writestr("m/data/0", bytes(padding))
+    return file.getvalue()
+
+
+class Stage:
+    """A worker, and everything around it that a test touches."""
+
+    def __init__(self, path: Path, budget: int) -> None:
+        self.exchange = MemoryExchange()
+        self.state = MemoryState()
+        self.store = MemoryStore(self.state)
+        self.broker = MemoryBroker(self.exchange, "test")
+        self.repository = Repository(str(path / "repository"))
+        self.engine = FakeEngine()
+        self.stop = asyncio.Event()
+        self.replies: dict[str, Message] = {}
+        self.config = WorkerConfig(
+            worker_id="w0",
+            device="cpu",
+            budget_bytes=budget,
+            repository_url=str(path / "repository"),
+            data_dir=str(path),
+            report_interval_s=0.05,
+            drain_grace_s=5.0,
+        )
+        self.worker_broker = MemoryBroker(self.exchange, "w0")
+        self._ids = itertools.count(1)
+        self._generation = 0
+
+    def register(self, name: str, spec: ModelSpec = SPEC, padding: int = 1000) -> ModelId:
+        digest, _ = self.repository.put_blob([archive(padding)])
+        return self.repository.register(name, 1, spec, digest).id
+
+    async def assign(self, *models: ModelId, fence: int = 1, generation: int | None = None) -> None:
+        self._generation = generation or self._generation + 1
+        assigned = tuple(Assigned(model) for model in models)
+        await self.store.put_assignment(
+            Assignment(worker="w0", fence=fence, generation=self._generation, models=assigned)
+        )
+        await self.store.hint(topic_assignment("w0"))
+
+    async def bound(self, *models: ModelId) -> None:
+        """Assigns, and waits until exactly these are bound."""
+        await self.assign(*models)
+        await until(lambda: {m.model for m in self.models() if m.bound} == set(models))
+
+    def report(self) -> Report:
+        return self.state.reports["w0"][1]
+
+    def models(self) -> tuple[ModelReport, ...]:
+        return self.report().models if "w0" in self.state.reports else ()
+
+    def model(self, model: ModelId) -> ModelReport:
+        return next(entry for entry in self.models() if entry.model == model)
+
+    async def send(self, model: ModelId, x: list[list[float]] | None = None, **over) -> str:
+        """Publishes a request; returns its correlation id."""
+        body, length = encode_request(
+            InferRequest(inputs=(from_numpy("x", np.array(x, np.float32)),), binary_default=True)
+            if x is not None
+            else InferRequest()
+        )
+        headers = {HEADER_LENGTH: length} if length is not None else {}
+        fields = {
+            "body": body,
+            "headers": headers | over.pop("headers", {}),
+            "reply_to": REPLIES,
+            "correlation_id": f"c{next(self._ids)}",
+        }
+        message = Message(**(fields | over))
+        await self.broker.publish("", model_queue(model), message)
+        return message.correlation_id or ""
+
+    async def reply(self, correlation: str) -> Message:
+        await until(lambda: correlation in self.replies)
+        return self.replies[correlation]
+
+    async def ask(self, model: ModelId, x: list[list[float]] | None = None, **over) -> Message:
+        return await self.reply(await self.send(model, x, **over))
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        await asyncio.sleep(0.005)
+
+
+def output(reply: Message) -> list[list[float]]:
+    assert reply.headers[HEADER_CODE] == "ok", reply.body
+    response = decode_response(reply.body, reply.headers.get(HEADER_LENGTH))
+    return to_numpy(response.outputs[0]).tolist()
+
+
+@asynccontextmanager
+async def working(path: Path, budget: int = 1 << 20, *, real: bool = False) -> AsyncIterator[Stage]:
+    stage = Stage(path, budget)
+    await stage.broker.start()
+    await stage.broker.declare_queue(REPLIES)
+
+    def on_reply(delivery) -> None:
+        assert delivery.message.correlation_id not in stage.replies, "answered twice"
+        stage.replies[delivery.message.correlation_id] = delivery.message
+
+    await stage.broker.consume(REPLIES, on_reply, prefetch=1000)
+    ready = asyncio.Event()
+    task = asyncio.create_task(
+        run(
+            stage.config,
+            stage.stop,
+            broker=stage.worker_broker,
+            store=MemoryStore(stage.state),
+            on_ready=lambda _: ready.set(),
+            launch=None if real else stage.engine.launch,
+        )
+    )
+    stage.task = task
+    try:
+        async with asyncio.timeout(60):
+            await ready.wait()
+        yield stage
+    finally:
+        stage.engine.gate.set()
+        stage.stop.set()
+        async with asyncio.timeout(10):
+            await task
+
+
+async def test_a_request_is_answered(tmp_path):
+    """An assigned model is loaded and bound, and its answers are the model's, row by row."""
+    async with working(tmp_path) as stage:
+        model = stage.register("echo")
+        await stage.bound(model)
+        reply = await stage.ask(model, [[1, 2], [3, 4]])
+        assert output(reply) == [[2, 4], [6, 8]]
+        assert reply.headers[HEADER_STATUS] == 200
+        assert reply.headers[HEADER_BATCH] == 2
+        await until(lambda: stage.model(model).answered == 1)
+        report = stage.model(model)
+        assert (report.phase, report.tier, report.held) == ("ready", "device", 0)
+        assert report.seconds_per_item > 0
+        assert abs(report.last_used - time.time()) < 60
+
+
+async def test_requests_share_a_batch_and_get_their_own_rows(tmp_path):
+    """Requests that wait together run together, up to max_batch_size rows."""
+    async with working(tmp_path) as stage:
+        model = stage.register("slow")
+        await stage.bound(model)
+        stage.engine.gate.clear()
+        sent = {await stage.send(model, [[n, n]]): n for n in range(12)}
+        await until(lambda: stage.model(model).held == 12)
+        stage.engine.gate.set()
+        for correlation, n in sent.items():
+            assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+        assert max(rows for _, rows in stage.engine.batches) > 1
+        assert max(rows for _, rows in stage.engine.batches) <= 8
+
+
+async def test_one_bad_item_fails_alone(tmp_path):
+    """A request that makes its model raise does not take its batch along."""
+    async with working(tmp_path) as stage:
+        model, slow = stage.register("fail"), stage.register("slow")
+        await stage.bound(model, slow)
+        stage.engine.gate.clear()
+        await stage.send(slow, [[0, 0]])
+        good = [await stage.send(model, [[n, n]]) for n in range(3)]
+        bad = await stage.send(model, [[-1, 0]])
+        await until(lambda: stage.model(model).held == 4)
+        stage.engine.gate.set()
+        for n, correlation in enumerate(good):
+            assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+        reply = await stage.reply(bad)
+        assert reply.headers[HEADER_CODE] == "model_failed"
+        assert error_message(reply.body) == "x is negative"
+        assert max(rows for name, rows in stage.engine.batches if name == model) > 1
+
+
+async def test_out_of_memory_makes_batches_smaller(tmp_path):
+    """A batch that does not fit the device is run again in halves, and all are answered."""
+    async with working(tmp_path) as stage:
+        model, slow = stage.register("oom"), stage.register("slow")
+        await stage.bound(model, slow)
+        stage.engine.gate.clear()
+        await stage.send(slow, [[0, 0]])
+        sent = [await stage.send(model, [[n, n]]) for n in range(8)]
+        await until(lambda: stage.model(model).held == 8)
+        stage.engine.gate.set()
+        for n, correlation in enumerate(sent):
+            assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+        too_big = await stage.ask(model, [[0, 0]] * 6)
+        assert too_big.headers[HEADER_CODE] == "resource_exhausted"
+        assert too_big.headers[HEADER_RETRYABLE] is True
+
+
+async def test_a_request_that_kills_engines_is_buried(tmp_path):
+    """It is tried alone, and after two engines dead-lettered and told so; others are served."""
+    async with working(tmp_path) as stage:
+        model = stage.register("crash")
+        await stage.bound(model)
+        good = [await stage.send(model, [[n, n]]) for n in range(3)]
+        killer = await stage.send(model, [[666, 0]])
+        good += [await stage.send(model, [[n, n]]) for n in range(3, 6)]
+        reply = await stage.reply(killer)
+        assert reply.headers[HEADER_CODE] == "quarantined"
+        for n, correlation in enumerate(good):
+            assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+        assert await stage.broker.depth(DEAD) == 1
+        assert stage.report().engine_restarts in {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("over", "code"),
+    [
+        ({"body": b"garbage"}, "invalid_argument"),
+        ({"x": [[1, 2, 3]]}, "invalid_argument"),
+        ({"x": [[1, 2]] * 9}, "invalid_argument"),
+        ({"x": [[1, 2]], "headers": {HEADER_DEADLINE: "soon"}}, "invalid_argument"),
+        ({"x": [[1, 2]], "headers": {HEADER_DEADLINE: 1}}, "deadline_exceeded"),
+    ],
+)
+async def test_bad_requests_are_told_why(tmp_path, over, code):
+    """A wrong or expired request never runs; whoever sent it learns the reason."""
+    async with working(tmp_path) as stage:
+        model = stage.register("echo")
+        await stage.bound(model)
+        reply = await stage.ask(model, **over)
+        assert reply.headers[HEADER_CODE] == code
+        assert error_message(reply.body)
+        assert not stage.engine.batches
+
+
+@pytest.mark.parametrize(
+    ("over", "reason"),
+    [
+        ({"reply_to": None}, "no reply_to"),
+        ({"reply_to": "roost.model.other.1"}, "reply_to is not a reply queue"),
+        ({"correlation_id": None}, "no correlation_id"),
+    ],
+)
+async def test_who_cannot_be_answered_is_dead_lettered(tmp_path, over, reason):
+    """Nothing is run for a request whose answer could reach nobody."""
+    async with working(tmp_path) as stage:
+        model = stage.register("echo")
+        await stage.bound(model)
+        letters = []
+        await stage.broker.consume(DEAD, letters.append, prefetch=10)
+        await stage.send(model, [[1, 2]], **over)
+        await until(lambda: letters)
+        assert letters[0].message.headers[HEADER_DEAD_REASON] == reason
+        assert not stage.engine.batches
+
+
+async def test_a_reply_queue_that_is_gone_holds_nothing_up(tmp_path):
+    """The request is acknowledged, and the next one is served."""
+    async with working(tmp_path) as stage:
+        model = stage.register("echo")
+        await stage.bound(model)
+        await stage.send(model, [[1, 2]], reply_to="roost.reply.gone")
+        assert output(await stage.ask(model, [[1, 2]])) == [[2, 4]]
+        await until(lambda: stage.model(model).held == 0)
+
+
+async def test_unbinding_keeps_the_weights_until_their_room_is_needed(tmp_path):
+    """The least recently used of what is unbound makes room for the newcomer."""
+    async with working(tmp_path, budget=6000) as stage:
+        one, two, three = (stage.register(name) for name in ("one", "two", "three"))
+        await stage.bound(one, two)
+        await stage.ask(two, [[1, 2]])
+        await stage.ask(one, [[1, 2]])
+        await stage.bound()
+        assert {m.tier for m in stage.models()} == {"device"}
+        await stage.bound(three)
+        assert stage.engine.evictions == []
+        four = stage.register("four")
+        await stage.bound(three, four)
+        assert stage.engine.evictions == [two]
+        assert stage.report().used_bytes <= 6000
+
+
+async def test_a_model_without_room_is_refused_with_numbers(tmp_path):
+    """The placer reads why, and the model is loaded as soon as there is room."""
+    async with working(tmp_path, budget=4000) as stage:
+        big, small = stage.register("big", padding=9000), stage.register("small")
+        await stage.assign(big)
+        await until(lambda: stage.models() and stage.model(big).phase == "failed")
+        assert "larger than the whole device budget" in (stage.model(big).error or "")
+        three = [stage.register(name) for name in ("a", "b", "c")]
+        await stage.assign(small, *three)
+        refused: list[ModelReport] = []
+
+        def somebody_is_refused() -> bool:
+            refused[:] = [m for m in stage.models() if m.phase == "failed" and m.model != big]
+            return bool(refused)
+
+        await until(somebody_is_refused)
+        assert "needs" in (refused[0].error or "")
+        await stage.bound(refused[0].model)
+
+
+async def test_a_file_that_cannot_be_loaded_is_reported(tmp_path):
+    """The error of the load stands in the report; other models are bound meanwhile."""
+    async with working(tmp_path) as stage:
+        broken, good = stage.register("broken"), stage.register("good")
+        await stage.assign(broken, good, ModelId("unknown/1"))
+        await until(lambda: sum(m.phase == "failed" for m in stage.models()) == 2)
+        await until(lambda: stage.model(good).bound)
+        assert stage.model(broken).error == "not a program"
+        assert "not registered" in (stage.model(ModelId("unknown/1")).error or "")
+
+
+async def test_a_model_that_kills_engines_as_it_loads_is_kept_from_them(tmp_path):
+    """After two engines it is left alone, and the others are served by the third."""
+    async with working(tmp_path) as stage:
+        good, deadly = stage.register("good"), stage.register("deadly")
+        await stage.assign(deadly, good)
+        await until(lambda: any("quarantined" in (m.error or "") for m in stage.models()))
+        await until(lambda: stage.model(good).bound)
+        assert output(await stage.ask(good, [[1, 2]])) == [[2, 4]]
+        assert len(stage.engine.lives) == 3
+
+
+async def test_an_engine_that_dies_is_replaced(tmp_path):
+    """What was held is served by the next engine, or given back and taken again."""
+    async with working(tmp_path) as stage:
+        model = stage.register("slow")
+        await stage.bound(model)
+        stage.engine.gate.clear()
+        sent = {await stage.send(model, [[n, n]]): n for n in range(6)}
+        await until(lambda: stage.model(model).held == 6)
+        stage.engine.life.kill()
+        stage.engine.gate.set()
+        for correlation, n in sent.items():
+            assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+        assert len(stage.engine.lives) == 2
+
+
+async def test_the_end_is_orderly(tmp_path):
+    """What runs is answered, what waits returns to its queue, the report is taken back."""
+    async with working(tmp_path) as stage:
+        one_by_one = ModelSpec(inputs=(TensorSpec("x", "FP32", (-1, 2)),))
+        model = stage.register("slow", spec=one_by_one)
+        await stage.bound(model)
+        stage.engine.gate.clear()
+        sent = [await stage.send(model, [[n, n]]) for n in range(4)]
+        await until(lambda: stage.model(model).held == 2)
+        stage.stop.set()
+        await until(lambda: stage.exchange.queues[model_queue(model)].ready)
+        stage.engine.gate.set()
+        await asyncio.wait([stage.task])
+        assert output(stage.replies[sent[0]]) == [[0, 0]]
+        assert len(stage.replies) + (await stage.broker.depth(model_queue(model)) or 0) == 4
+        assert "w0" not in stage.state.reports
+        assert stage.engine.life.task.done()
+
+
+async def test_without_the_store_the_last_word_stands(tmp_path):
+    """A worker serves on while the store is away, and follows again when it is back."""
+    async with working(tmp_path) as stage:
+        model, other = stage.register("echo"), stage.register("other")
+        await stage.bound(model)
+        stage.state.reachable = False
+        assert output(await stage.ask(model, [[1, 2]])) == [[2, 4]]
+        stage.state.reachable = True
+        await stage.bound(model, other)
+
+
+async def test_an_older_placer_is_not_followed(tmp_path):
+    """Neither a lower fence nor, under the same one, a lower generation changes anything."""
+    async with working(tmp_path) as stage:
+        model = stage.register("echo")
+        await stage.assign(model, fence=5, generation=3)
+        await until(lambda: stage.models() and stage.model(model).bound)
+        stage.state.assignments["w0"] = Assignment(worker="w0", fence=4, generation=9)
+        await stage.store.hint(topic_assignment("w0"))
+        assert output(await stage.ask(model, [[1, 2]])) == [[2, 4]]
+        assert (stage.report().fence, stage.report().generation) == (5, 3)
+
+
+async def test_what_was_measured_is_kept_for_the_next_worker(tmp_path):
+    """The profile of the first load stands in the repository."""
+    async with working(tmp_path) as stage:
+        model = stage.register("echo")
+        await stage.bound(model)
+        await until(lambda: stage.repository.profile(model, "fake"))
+        profile = stage.repository.profile(model, "fake")
+        assert profile is not None
+        assert profile.weights_bytes == stage.model(model).footprint.weights_bytes
+        assert profile.measured_at > 0
+
+
+async def test_outputs_that_do_not_match_the_batch_are_nobody_s(tmp_path):
+    """A model that gives fewer rows than it got fails; no one gets another's row."""
+    async with working(tmp_path) as stage:
+        model, slow = stage.register("short"), stage.register("slow")
+        await stage.bound(model, slow)
+        stage.engine.gate.clear()
+        await stage.send(slow, [[0, 0]])
+        sent = [await stage.send(model, [[n, n]]) for n in range(2)]
+        await until(lambda: stage.model(model).held == 2)
+        stage.engine.gate.set()
+        for correlation in sent:
+            reply = await stage.reply(correlation)
+            assert reply.headers[HEADER_CODE] == "model_failed"
+
+
+async def test_a_lost_broker_costs_no_request(tmp_path):
+    """What is under way when the connection goes is delivered again and answered."""
+    async with working(tmp_path) as stage:
+        model = stage.register("slow")
+        await stage.bound(model)
+        stage.engine.gate.clear()
+        sent = [await stage.send(model, [[n, n]]) for n in range(3)]
+        await until(lambda: stage.model(model).held == 3)
+        stage.worker_broker.lose()
+        stage.engine.gate.set()
+        await until(lambda: stage.model(model).held == 0)
+        stage.worker_broker.restore()
+        for n, correlation in enumerate(sent):
+            assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+
+
+@pytest.mark.torch
+async def test_the_real_engine_serves_dies_and_serves_again(tmp_path):
+    """The same with torch: right answers, a footprint that was measured, and kill -9."""
+    torch = pytest.importorskip("torch")
+    module = torch.jit.trace(torch.nn.Linear(2, 2, bias=False), torch.zeros(1, 2))
+    module.save(tmp_path / "linear.pt")
+    weight = next(module.parameters()).detach().numpy()
+    async with working(tmp_path, 1 << 28, real=True) as stage:
+        digest, _ = stage.repository.put_blob([(tmp_path / "linear.pt").read_bytes()])
+        model = stage.repository.register("linear", 1, SPEC, digest).id
+        await stage.bound(model)
+        assert stage.model(model).footprint.measured
+        before = stage.report().engine_restarts
+        for _ in range(2):
+            sent = [await stage.send(model, [[n, 1], [0, n]]) for n in range(20)]
+            for n, correlation in enumerate(sent):
+                expected = np.array([[n, 1], [0, n]], np.float32) @ weight.T
+                assert np.allclose(output(await stage.reply(correlation)), expected, atol=1e-5)
+            if stage.report().engine_restarts == before:
+                os.kill(_engine_pid(), signal.SIGKILL)
+                await until(lambda: stage.report().engine_restarts == before + 1)
+                await until(lambda: any(m.bound for m in stage.models()), timeout_s=60)
+
+
+def _engine_pid() -> int:
+    (engine,) = [
+        child
+        for child in psutil.Process().children()
+        if "services.worker.engine" in child.cmdline()
+    ]
+    return int(engine.pid)

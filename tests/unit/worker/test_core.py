@@ -1,0 +1,183 @@
+"""What the core decides when models, subscriptions and batches meet."""
+
+from __future__ import annotations
+
+from services.worker.core.events import (
+    Action,
+    Answer,
+    Assigned,
+    BatchRan,
+    Bury,
+    ConsumerStarted,
+    ConsumerStopped,
+    EngineLost,
+    EngineStarted,
+    Fact,
+    GiveBack,
+    Item,
+    ItemArrived,
+    ItemSettled,
+    LoadModel,
+    ModelFetched,
+    ModelLoaded,
+    Refuse,
+    RunBatch,
+    StartConsumer,
+    StopConsumer,
+)
+from services.worker.core.worker import WorkerCore
+from shared.models import Manifest
+from shared.names import model_id
+
+A, B = model_id("a", 1), model_id("b", 1)
+
+
+class Desk:
+    """A core with models ready and bound, and what it last said."""
+
+    def __init__(self, *models: str, batch_s: float = 0.004, **limits) -> None:
+        self.core = WorkerCore(**limits)
+        self.now = 0.0
+        self.tell(EngineStarted(1000, "cpu"), Assigned(models, 1, 1))
+        self.subscriptions: dict[str, int] = {}
+        for model in models:
+            name = model.partition("/")[0]
+            manifest = Manifest(
+                name=name,
+                version=1,
+                digest="sha256:" + "0" * 64,
+                size_bytes=10,
+                created_at=0.0,
+                max_batch_size=4,
+            )
+            self.tell(ModelFetched(model, manifest))
+        for model in models:
+            times = dict.fromkeys((1, 4), batch_s)
+            for start in self.tell(ModelLoaded(model, (), 10, {}, times, 0.1)):
+                if isinstance(start, StartConsumer):
+                    self.subscriptions[start.model] = start.subscription
+                    self.tell(ConsumerStarted(start.subscription))
+        self.last = 0
+
+    def tell(self, *facts: Fact) -> list[Action]:
+        actions = self.core.handle(list(facts), self.now)
+        self.core.validate()
+        return actions
+
+    def arrive(self, model: str, count: int = 1, nbytes: int = 1) -> list[Action]:
+        facts = []
+        for _ in range(count):
+            self.last += 1
+            item = Item(
+                item=self.last,
+                model=model,
+                subscription=self.subscriptions[model],
+                arrived=self.now,
+                nbytes=nbytes,
+            )
+            facts.append(ItemArrived(item))
+        return self.tell(*facts)
+
+
+def of(kind: type, actions: list[Action]) -> list:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def test_a_free_device_is_never_kept_waiting():
+    """One request runs at once; those that come meanwhile run together."""
+    desk = Desk(A)
+    assert [run.items for run in of(RunBatch, desk.arrive(A))] == [(1,)]
+    assert of(RunBatch, desk.arrive(A, 3)) == []
+    desk.now += 0.004
+    actions = desk.tell(BatchRan(1, (), 0.004, 0))
+    assert [answer.items for answer in of(Answer, actions)] == [(1,)]
+    assert [run.items for run in of(RunBatch, actions)] == [(2, 3, 4)]
+
+
+def test_little_is_queued_ahead():
+    """Full batches up to ten milliseconds of work, one that is not full only at the end."""
+    desk = Desk(A)
+    assert [len(run.items) for run in of(RunBatch, desk.arrive(A, 20))] == [4, 4, 4]
+    slow = Desk(A, batch_s=0.1)
+    assert len(of(RunBatch, slow.arrive(A, 20))) == 1
+    assert slow.core.next_wakeup(0.0) == 0.1 - 0.010
+    slow.now = 0.095
+    assert len(of(RunBatch, slow.tell())) == 1
+
+
+def test_a_spiking_model_leaves_others_their_share():
+    """Two batches in a row, then whoever waits."""
+    desk = Desk(A, B, batch_s=0.1)
+    desk.arrive(A, 30)
+    desk.now += 0.001
+    desk.arrive(B)
+    order = []
+    for batch in range(1, 5):
+        desk.now += 0.1
+        order += [run.model for run in of(RunBatch, desk.tell(BatchRan(batch, (), 0.1, 0)))]
+    assert B in order[:2]
+
+
+def test_an_unbound_model_finishes_what_runs_and_gives_back_the_rest():
+    """First the consumer stops, then what waits goes back, and the answer of the rest counts."""
+    desk = Desk(A, batch_s=1.0)
+    desk.arrive(A, 6)
+    stops = of(StopConsumer, desk.tell(Assigned((), 1, 2)))
+    assert len(stops) == 1
+    back = of(GiveBack, desk.tell(ConsumerStopped(stops[0].subscription)))
+    assert [action.item for action in back] == [5, 6]
+    assert len(of(Answer, desk.tell(BatchRan(1, (), 1.0, 0)))) == 1
+    assert not desk.core.empty
+    desk.tell(*(ItemSettled(number) for number in range(1, 7)))
+    assert desk.core.empty
+
+
+def test_held_bytes_are_bounded():
+    """The model that crosses the bound stops consuming until half is free again."""
+    desk = Desk(A, max_held_bytes=10, batch_s=1.0)
+    stops = of(StopConsumer, desk.arrive(A, 6, nbytes=2))
+    assert len(stops) == 1
+    back = of(GiveBack, desk.tell(ConsumerStopped(stops[0].subscription)))
+    assert [action.item for action in back] == [6]
+    desk.tell(BatchRan(1, (), 1.0, 0))
+    assert of(StartConsumer, desk.tell(ItemSettled(6), ItemSettled(1))) == []
+    assert of(StartConsumer, desk.tell(*(ItemSettled(n) for n in (2, 3, 4))))
+
+
+def test_a_lost_engine_s_batch_is_tried_item_by_item():
+    """What was queued behind it is given back; who runs alone at two deaths is buried."""
+    desk = Desk(A)
+    runs = of(RunBatch, desk.arrive(A, 8))
+    assert [len(run.items) for run in runs] == [4, 4]
+    actions = desk.tell(EngineLost("killed"))
+    assert [action.item for action in of(GiveBack, actions)] == [5, 6, 7, 8]
+    for stop in of(StopConsumer, actions):
+        desk.tell(ConsumerStopped(stop.subscription))
+    for life in range(2):
+        loads = of(LoadModel, desk.tell(EngineStarted(1000, "cpu")))
+        assert [load.model for load in loads] == [A]
+        actions = desk.tell(ModelLoaded(A, (), 10, {}, {1: 0.004}, 0.1))
+        assert [run.items for run in of(RunBatch, actions)] == [(1,)], life
+        actions = desk.tell(EngineLost("killed"))
+    assert [(b.item, b.fault.code) for b in of(Bury, actions)] == [(1, "quarantined")]
+
+
+def test_expired_items_never_run():
+    """They are refused when their time comes, not when their turn comes."""
+    desk = Desk(A, batch_s=1.0)
+    desk.arrive(A)
+    item = Item(
+        item=99, model=A, subscription=desk.subscriptions[A], arrived=0.0, deadline=0.5, nbytes=1
+    )
+    desk.tell(ItemArrived(item))
+    assert desk.core.next_wakeup(0.0) == 0.5
+    desk.now = 0.5
+    refused = of(Refuse, desk.tell())
+    assert [(r.item, r.fault.code) for r in refused] == [(99, "deadline_exceeded")]
+
+
+def test_an_older_word_changes_nothing():
+    """Fences before generations."""
+    desk = Desk(A)
+    assert of(StopConsumer, desk.tell(Assigned((), 0, 99))) == []
+    assert of(StopConsumer, desk.tell(Assigned((), 2, 1)))
