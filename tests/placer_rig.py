@@ -226,7 +226,7 @@ class Rig:
     def _replied(self, delivery: Delivery) -> None:
         reply = delivery.message
         self.replies.setdefault(reply.correlation_id or "", []).append(reply)
-        task = asyncio.create_task(delivery.ack())  # noqa: RUF006  (an ack is one frame)
+        task = asyncio.create_task(delivery.ack())
         task.add_done_callback(lambda done: done.exception())
 
     def register(self, name: str, version: int = 1, size: int = MB, **spec: object) -> ModelId:

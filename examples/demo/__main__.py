@@ -183,7 +183,7 @@ class Demo:
             for name in order:
                 await http.ask(name, row)
         sight = await watcher.until(lambda s: len(s.resident(self.worker)) >= self.to_draw, 10)
-        self.filled_by = time.monotonic()
+        self.filled = begun, time.monotonic()
         sight = sight or watcher.sights[-1]
         resident = sight.resident(self.worker)
         self.result.served = len({a.model for a in self.book.all() if not a.error})
@@ -198,7 +198,7 @@ class Demo:
         cold = [a.seconds for a in first]
         console.print(
             f"  first answer of a cold model: p50 {quantile(cold, 0.5) * 1000:.0f} ms, "
-            f"slowest {max(cold) * 1000:.0f} ms; all in {self.filled_by - begun:.0f} s"
+            f"slowest {max(cold) * 1000:.0f} ms; all in {self.filled[1] - begun:.0f} s"
         )
 
     async def spike(self, stack: Stack, http: HttpTraffic, watcher: Watcher) -> picture.Spike:
@@ -321,7 +321,7 @@ class Demo:
             watcher.sights,
             self.book.all(),
             spike,
-            filled_by=self.filled_by,
+            filled=self.filled,
             first_worker=self.worker,
             budget_bytes=self.budget,
             weights_bytes=self.weights_bytes,

@@ -36,16 +36,16 @@ def draw(
     answers: Sequence[Answer],
     spike: Spike,
     *,
-    filled_by: float,
+    filled: tuple[float, float],
     first_worker: str,
     budget_bytes: int,
     weights_bytes: int,
 ) -> None:
-    """Writes the picture."""
+    """Writes the picture. `filled`: from the first request until all models had been asked."""
     figure, (fill, rate, bindings, latency) = plt.subplots(
         4, 1, figsize=(10, 11), height_ratios=[3, 2, 1, 2], constrained_layout=True
     )
-    _fill(fill, sights, filled_by, first_worker, budget_bytes, weights_bytes)
+    _fill(fill, sights, filled, first_worker, budget_bytes, weights_bytes)
     times = np.arange(spike.watched_from, spike.watched_to, STEP_S)
     hot = [a for a in answers if a.model == spike.model]
     others = [a for a in answers if a.model != spike.model]
@@ -88,14 +88,14 @@ def draw(
 def _fill(
     axes: plt.Axes,
     sights: Sequence[Sight],
-    filled_by: float,
+    filled: tuple[float, float],
     worker: str,
     budget_bytes: int,
     weights_bytes: int,
 ) -> None:
-    seen = [s for s in sights if s.at <= filled_by]
+    seen = [s for s in sights if filled[0] - 0.5 <= s.at <= filled[1]]
     if seen:
-        x = [s.at - seen[0].at for s in seen]
+        x = [s.at - filled[0] for s in seen]
         axes.fill_between(
             x, [s.used_bytes.get(worker, 0) / 1e9 for s in seen], step="post", alpha=0.35,
             label="sum of measured footprints",
@@ -106,7 +106,10 @@ def _fill(
         )  # fmt: skip
         count = axes.twinx()
         count.step(x, [len(s.resident(worker)) for s in seen], where="post", color="tab:green")
-        count.set(ylabel="models on the device", ylim=(0, None))
+        # Both axes to one scale: a model's step on the right is its bytes on the left.
+        top = 1.15 * budget_bytes
+        axes.set_ylim(0, top / 1e9)
+        count.set(ylabel="models on the device", ylim=(0, top / weights_bytes))
         count.yaxis.label.set_color("tab:green")
     axes.axhline(budget_bytes / 1e9, color="tab:red", linestyle="--", label="device budget")
     axes.set(
@@ -114,7 +117,7 @@ def _fill(
         ylabel="GB",
         title=f"One process fills up, model by model ({weights_bytes / 1e6:.1f} MB each)",
     )
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
 
 
 def _count(answers: Sequence[Answer], start: float, moment: str) -> float:

@@ -12,7 +12,8 @@ from services.placer.activate import Activator
 from services.placer.core.plan import Retire
 from services.placer.knowledge import Knowledge
 from shared.catalog import Catalog
-from shared.errors import ModelNotFound, RoostError
+from shared.errors import Internal, ModelNotFound, RoostError
+from shared.models import Manifest
 from shared.names import ModelId, split_model_id
 from shared.store.port import TOPIC_REGISTRY, Store
 
@@ -20,6 +21,8 @@ log = structlog.get_logger(__name__)
 
 _FULL_LOOK_S = 60.0
 """How often all registered models are looked through without a hint: that costs O(registered)."""
+_ONE_BY_ONE = 200
+"""Up to so many active models are asked for one by one."""
 
 
 class RegistryFollower:
@@ -67,13 +70,18 @@ class RegistryFollower:
     async def check_active(self) -> None:
         """What is active, and what of it is the default version of its name. Raises `Unavailable`
         when the registry is away."""
+        registered, newest_of = await self._all_at_once()
         for model in list(self._knowledge.active):
             name, version = split_model_id(model)
             try:
-                manifest = await self._catalog.get(name, version)
-                newest = await self._catalog.get(name)
+                manifest = registered.get(model) or await self._catalog.get(name, version)
+                newest = newest_of.get(name) or await self._catalog.get(name)
             except ModelNotFound as error:
                 self._let_go(model, error)
+                continue
+            except Internal as error:
+                # One broken manifest holds up nobody else.
+                log.warning("manifest_broken", model=model, error=str(error))
                 continue
             active = self._knowledge.active.get(model)
             if active is not None and active.manifest is None:
@@ -95,6 +103,17 @@ class RegistryFollower:
                     await self._activator.activate(manifest, why="min_copies")
                 except RoostError as error:
                     log.warning("minimum_not_kept", model=manifest.id, error=str(error))
+
+    async def _all_at_once(self) -> tuple[dict[ModelId, Manifest], dict[str, Manifest]]:
+        """Every version, and the newest of every name, where one pass over the registry is
+        cheaper than a question for each active model."""
+        if len(self._knowledge.active) <= _ONE_BY_ONE:
+            return {}, {}
+        manifests = await self._catalog.ids()
+        return (
+            {manifest.id: manifest for manifest in manifests},
+            {manifest.name: manifest for manifest in manifests},
+        )
 
     def _let_go(self, model: ModelId, error: ModelNotFound) -> None:
         log.info("model_removed", model=model)

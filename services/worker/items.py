@@ -106,7 +106,7 @@ def _deadline(message: Message, request: InferRequest, now: float, wall: float) 
             raise InvalidRequest(f"{HEADER_DEADLINE} must be Unix time in milliseconds")
         try:
             at = float(header) / 1e3
-        except ValueError:
+        except (ValueError, OverflowError):
             at = math.nan
         if not math.isfinite(at):
             raise InvalidRequest(f"{HEADER_DEADLINE} must be Unix time in milliseconds")

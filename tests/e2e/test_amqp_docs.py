@@ -35,9 +35,9 @@ def test_each_example_gets_its_answer(up, language, code):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answer = done.stdout.replace(".0", "")
-    assert re.search(r"2,?\s+4,?\s+6|2,4,6", answer.replace("\\", "")), done.stdout
-    assert "ok" in answer
+    # Each prints in its own way: [2.0,4.0,6.0] in JSON, [[2. 4. 6.]] by numpy.
+    assert re.search(r"2[.0]*,?\s*4[.0]*,?\s*6", done.stdout), done.stdout
+    assert "ok" in done.stdout
 
 
 def test_there_are_three_examples():

@@ -37,10 +37,22 @@ async def test_a_first_request_activates_its_model_and_is_answered(rig):
     placer = await rig.start_placer()
     reply = await rig.ask("bert")
     assert (reply.headers[names.HEADER_CODE], reply.body) == ("ok", b"bert/1")
-    await until(lambda: routes(rig) == {"bert": {model_queue(model)}, "bert/1": {model_queue(model)}})
+    await until(
+        lambda: routes(rig) == {"bert": {model_queue(model)}, "bert/1": {model_queue(model)}}
+    )
     again = await rig.ask("bert/1")
     assert again.body == b"bert/1"
     assert worker.bound == {model}
+    fleet = (await placer.get("/fleet")).json()
+    [told] = fleet["workers"]
+    assert (told["worker"], told["engine_up"], told["budget_bytes"]) == ("w1", True, 10 * MB)
+    [seat] = told["models"]
+    assert (seat["model"], seat["tier"], seat["bound"], seat["bytes"]) == (
+        model,
+        "device",
+        True,
+        MB,
+    )
     story = (await placer.get("/explain/bert")).json()
     assert [seat["worker"] for seat in story["workers"]] == ["w1"]
     assert "first request" in story["workers"][0]["reason"]
@@ -158,7 +170,7 @@ async def test_the_longest_unused_makes_room_for_a_newcomer(rig):
     placer = await rig.start_placer()
     for name in ("b", "a", "c", "b"):
         await rig.ask(name)
-    await asyncio.sleep(0.5)  # idle for long enough to be asked to go
+    await until_idle(placer, "b")
     assert (await rig.ask("newcomer")).body == b"newcomer/1"
     assert worker.bound == {"b/1", "c/1", "newcomer/1"}
     await rig.gone(model_queue(ModelId("a/1")))
@@ -166,7 +178,7 @@ async def test_the_longest_unused_makes_room_for_a_newcomer(rig):
     assert story["events"][-1]["what"] == "retired"
     assert any("makes room for newcomer/1" in (e["why"] or "") for e in story["events"])
     # And it comes back when it is asked again.
-    await asyncio.sleep(0.5)
+    await until_idle(placer, "newcomer")
     assert (await rig.ask("a")).body == b"a/1"
 
 
@@ -281,8 +293,11 @@ async def test_a_model_that_no_worker_can_load_is_answered_with_the_reason(rig):
     assert b"not a TorchScript file" in reply.body
     assert {w.name for w in (first, second) for a in w.assignments if a.models} == {"w1", "w2"}
     broken = False
-    await asyncio.sleep(0.8)
-    assert (await rig.ask("broken")).body == b"broken/1"
+    end = time.monotonic() + 5
+    while (reply := await rig.ask("broken")).headers[names.HEADER_CODE] != "ok":
+        assert reply.headers[names.HEADER_CODE] == "model_failed"
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
 
 
 async def test_the_other_placer_takes_over_and_moves_nothing(rig):
@@ -393,6 +408,17 @@ async def test_a_placer_without_its_lease_writes_nothing(rig):
     assert (await rig.reply(request)).body == b"bert/1"  # when it is elected again
 
 
+async def until_idle(placer, name: str) -> None:
+    """Waits until the model has not been asked for long enough to make room for another."""
+    end = time.monotonic() + 5
+    while True:
+        demand = (await placer.get(f"/explain/{name}")).json()["demand"]
+        if demand["seconds_since_asked"] > 0.3:
+            return
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
 async def until_workers(placer, count: int) -> None:
     """Waits until the placer sees so many workers."""
     end = time.monotonic() + 5
@@ -420,7 +446,7 @@ async def test_over_real_services(tmp_path, amqp_url, redis_url):
         for request in requests:
             assert (await rig.reply(request)).body == b"b/1"
         assert (await rig.ask("nobody")).headers[names.HEADER_CODE] == "not_found"
-        await asyncio.sleep(0.5)
+        await until_idle(first, "b")
         assert (await rig.ask("c")).body == b"c/1"
         await until(lambda: worker.bound == {"b/1", "c/1"})
         await rig.gone(model_queue(ModelId("a/1")))

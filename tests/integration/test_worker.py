@@ -21,6 +21,7 @@ from services.worker.app import run
 from services.worker.config import WorkerConfig
 from shared.broker.memory import MemoryBroker, MemoryExchange
 from shared.broker.port import Message
+from shared.connect import open_broker, open_store
 from shared.control import Assigned, Assignment, ModelReport, Report
 from shared.models import ModelSpec, TensorSpec
 from shared.names import (
@@ -160,7 +161,7 @@ async def working(path: Path, budget: int = 1 << 20, *, real: bool = False) -> A
         assert delivery.message.correlation_id not in stage.replies, "answered twice"
         stage.replies[delivery.message.correlation_id] = delivery.message
 
-    await stage.broker.consume(REPLIES, on_reply, prefetch=1000)
+    await stage.broker.consume(REPLIES, on_reply, prefetch=65535)
     ready = asyncio.Event()
     task = asyncio.create_task(
         run(
@@ -476,6 +477,57 @@ async def test_a_lost_broker_costs_no_request(tmp_path):
         stage.worker_broker.restore()
         for n, correlation in enumerate(sent):
             assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+
+
+async def test_rabbitmq_and_redis_do_as_well_as_their_twins(tmp_path, amqp_url, redis_url):
+    """The same worker over the real broker and the real store, to its orderly end."""
+    repository = Repository(str(tmp_path / "repository"))
+    digest, _ = repository.put_blob([archive(100)])
+    model = repository.register("echo", 1, SPEC, digest).id
+    stop, ready, engine = asyncio.Event(), asyncio.Event(), FakeEngine()
+    config = WorkerConfig(
+        worker_id="w0",
+        device="cpu",
+        budget_bytes="1MiB",
+        repository_url=str(tmp_path / "repository"),
+        amqp_url=amqp_url,
+        redis_url=redis_url,
+    )
+    broker, store = open_broker(amqp_url, "test"), open_store(redis_url)
+    await broker.start()
+    await store.start()
+    task = asyncio.create_task(
+        run(config, stop, on_ready=lambda _: ready.set(), launch=engine.launch)
+    )
+    await ready.wait()
+    assigned = Assignment(worker="w0", fence=1, generation=1, models=(Assigned(model),))
+    await store.put_assignment(assigned)
+    await store.hint(topic_assignment("w0"))
+    while not any(m.bound for report in await store.reports() for m in report.models):
+        await asyncio.sleep(0.02)
+    replies: asyncio.Queue[Message] = asyncio.Queue()
+    await broker.declare_queue(REPLIES, expires_s=60)
+    await broker.consume(REPLIES, lambda d: replies.put_nowait(d.message), prefetch=100)
+    for n in range(50):
+        inputs = (from_numpy("x", np.array([[n, n]], np.float32)),)
+        body, length = encode_request(InferRequest(inputs=inputs, binary_default=True))
+        request = Message(
+            body=body,
+            headers={HEADER_LENGTH: length},
+            reply_to=REPLIES,
+            correlation_id=str(n),
+        )
+        await broker.publish("", model_queue(model), request)
+    for _ in range(50):
+        reply = await replies.get()
+        n = int(reply.correlation_id or "-1")
+        assert output(reply) == [[2 * n, 2 * n]]
+    stop.set()
+    await task
+    assert await store.reports() == []
+    assert await broker.depth(model_queue(model)) == 0
+    await broker.close()
+    await store.close()
 
 
 @pytest.mark.torch

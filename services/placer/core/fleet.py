@@ -68,6 +68,10 @@ class Fleet:
         self.sizes(worker)[model] = footprint(seen, model, facts)
         self._busy[worker] += self._share(model)
 
+    def keep(self, model: ModelId, worker: str) -> None:
+        """What was removed and added again is the binding that it was."""
+        self.assigned[worker][model] = self.view.workers[worker].assigned[model]
+
     def remove(self, model: ModelId, worker: str) -> None:
         self._busy[worker] -= self._share(model)
         self.sizes(worker).pop(model)

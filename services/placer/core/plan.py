@@ -252,7 +252,8 @@ class _Planner:
             self._evict(victim, chosen.worker, facts.model)
         self.fleet.add(facts.model, chosen.worker)
         if self.unbind.pop((facts.model, chosen.worker), None) is not None:
-            return True  # it was to go from there, and now stays
+            self.fleet.keep(facts.model, chosen.worker)  # it was to go from there, and now stays
+            return True
         self.bind.append(Bind(facts.model, chosen.worker, f"{reason}; {chosen.why}"))
         return True
 

@@ -42,7 +42,7 @@ def workers_wanted(
         short = view.fleet_since.short if view.fleet_since.short is not None else view.at
         if view.at - short < policy.grow_after_s and present:
             return Wanted(max(present, 1), ()), FleetSince(short=short)
-        count = max(present + 1, math.ceil(demand / policy.target_utilization))
+        count = max(present + 1, math.ceil(demand / policy.target_utilization - 1e-9))
         return Wanted(count, tuple(reasons)), FleetSince(short=short)
 
     spare = present > 1 and demand < policy.shrink_below * (present - 1)

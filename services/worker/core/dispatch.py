@@ -182,17 +182,18 @@ class Dispatch:
 
     def next_wakeup(self, now: float) -> float | None:
         """When time alone changes what should be done."""
-        times = []
+        first = float("inf")
         ahead = self._ahead_s(now)
-        for name, queue in self._waiting.items():
-            times.append(queue.next_expiry())
-            if not self._state.is_ready(name):
-                continue
-            if (until := queue.waits_until(now)) > now:
-                times.append(until)
-            elif self._running and 0 < ahead < float("inf"):
-                times.append(now + (ahead - AHEAD_S if ahead > AHEAD_S else ahead - EAGER_S))
-        return min((at for at in times if now < at < float("inf")), default=None)
+        for queue in self._waiting.values():
+            first = min(first, queue.next_expiry())
+            if queue.spec.max_queue_delay_us and (until := queue.waits_until(now)) > now:
+                first = min(first, until)
+        if self._waiting and 0 < ahead < float("inf"):
+            # Then a full batch may go, and later one that is not full.
+            in_s = ahead - AHEAD_S if ahead > AHEAD_S else ahead - EAGER_S
+            if in_s > 0:
+                first = min(first, now + in_s)
+        return first if first < float("inf") else None
 
     # --- back -----------------------------------------------------------------------------
 

@@ -98,7 +98,10 @@ class WorkerState:
     # --- questions ------------------------------------------------------------------------
 
     def get(self, model: ModelId) -> Model:
-        return self.models.setdefault(model, Model(model))
+        known = self.models.get(model)
+        if known is None:
+            known = self.models[model] = Model(model)
+        return known
 
     def residents(self) -> list[Model]:
         return list(self._resident.values())
