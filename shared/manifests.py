@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -13,6 +14,7 @@ from shared.blobs import check_digest
 from shared.errors import Internal, InvalidRequest, RoostError
 from shared.models import Manifest, ModelSpec
 from shared.names import ModelId, check_name, check_version, split_model_id
+from shared.storage import Entry
 
 MODELS: Final = "models"
 MANIFEST: Final = "manifest.json"
@@ -64,7 +66,7 @@ def manifest_path(name: str, version: int) -> str:
 
 
 def split_path(path: str) -> tuple[str, int] | None:
-    """Name and version from a manifest's path; None for folders that are not ours."""
+    """Name and version from the path of a file beside a manifest; None for folders that are not ours."""
     _, name, version, _ = path.split("/")
     try:
         return check_name(name), check_version(version)
@@ -72,9 +74,18 @@ def split_path(path: str) -> tuple[str, int] | None:
         return None
 
 
+def numbers(found: Iterable[Entry]) -> list[int]:
+    """The versions whose files were found, ascending."""
+    return sorted(known[1] for entry in found if (known := split_path(entry.path)))
+
+
+def profiles_path(name: str, version: int) -> str:
+    return f"{MODELS}/{name}/{version}/profiles"
+
+
 def profile_path(model: ModelId, device_kind: str) -> str:
     name, version = split_model_id(model)
     # Readable, and never the same for two kinds.
     readable = _UNSAFE.sub("_", device_kind)[:64]
     unique = hashlib.sha256(device_kind.encode()).hexdigest()[:8]
-    return f"{MODELS}/{name}/{version}/profiles/{readable}-{unique}.json"
+    return f"{profiles_path(name, version)}/{readable}-{unique}.json"

@@ -5,15 +5,19 @@ Layout below the root, which is a directory or any URL that fsspec can open:
     blobs/sha256/<2 hex>/<64 hex>                       files, by content
     models/<name>/<version>/manifest.json               one immutable version
     models/<name>/<version>/profiles/<device kind>.json what a worker measured
+    models/<name>/<version>/removed.json                the number was used, and for what
     tmp/                                                unfinished uploads
 
 A version exists when its manifest does, and a manifest appears in one step, after its file.
 So there is no index to repair: the folders are the truth, and copying them is a backup.
+A number never means two files, since a worker may keep a removed one in its memory: a version
+that goes leaves a tombstone, `removed.json`, and only what was removed may come back.
 Everything here is synchronous and may be called from several threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -39,13 +43,16 @@ from shared.manifests import (
     encode_manifest,
     manifest_path,
     new_manifest,
+    numbers,
     profile_path,
+    profiles_path,
     same_manifest,
     split_path,
 )
 from shared.models import Manifest, ModelSpec, Profile
 from shared.names import ModelId, check_name, check_version, split_model_id
 from shared.storage import open_storage
+from shared.tombstones import Tombstones
 from shared.triton import scan
 
 _RACES: Final = 1000
@@ -71,6 +78,7 @@ class Repository:
     def __init__(self, url: str) -> None:
         self._storage = open_storage(url)
         self._blobs = BlobStore(self._storage)
+        self._tombstones = Tombstones(self._storage)
         self._caches: dict[str, BlobStore] = {}
         self._checked: set[str] = set()
         """Digests that this process has found to be TorchScript."""
@@ -129,10 +137,11 @@ class Repository:
     def register(self, name: str, version: int | None, spec: ModelSpec, digest: str) -> Manifest:
         """Makes a stored file a version of a model; durable on return.
 
-        `version=None` takes the next number, unless the newest version is just this already.
-        Registering the same again returns the manifest that is there. Raises `AlreadyExists`
-        when the version holds something else, `InvalidRequest` when the file is not there or
-        not what the spec says it is.
+        `version=None` takes the number above all that were ever used, unless the newest version
+        is just this already. Registering the same again returns the manifest that is there; a
+        removed version comes back as it was. Raises `AlreadyExists` when the version holds, or
+        held, something else, `InvalidRequest` when the file is not there or not what the spec
+        says it is.
         """
         check_name(name)
         if version is not None:
@@ -141,18 +150,20 @@ class Repository:
         for _ in range(_RACES):
             number = version or self._next_version(name, spec, digest)
             fresh = new_manifest(name, number, spec, digest, size)
-            path = manifest_path(name, number)
             try:
-                # The lock keeps collect_garbage from taking the file in between.
-                with self._storage.lock(exclusive=False):
-                    self._blobs.touch(digest)
-                    self._storage.create(path, encode_manifest(fresh))
+                self._create(fresh)
                 return fresh
             except FileExistsError:
                 try:
                     present = self.manifest(name, number)
                 except ModelNotFound:
-                    continue  # removed again in this moment
+                    if version is not None and self._tombstones.forbid(fresh):
+                        raise AlreadyExists(
+                            f"version {number} of model {name!r} was removed; version numbers are "
+                            "not used again, push without a version or as "
+                            f"{self._highest_used(name) + 1}"
+                        ) from None
+                    continue  # removed in this moment
                 if same_manifest(present, fresh):
                     return present
                 if version is not None:
@@ -164,6 +175,28 @@ class Repository:
                 raise _no_upload(digest) from error
         raise Unavailable(f"too many registrations of {name!r} at once; try again")
 
+    def _create(self, manifest: Manifest) -> None:
+        """Raises `FileExistsError` when the number is taken, be it by what was removed;
+        `ModelNotFound` when the file is gone."""
+        path = manifest_path(manifest.name, manifest.version)
+        # The lock keeps collect_garbage from taking the file in between.
+        with self._storage.lock(exclusive=False):
+            self._blobs.touch(manifest.digest)
+            if self._tombstones.forbid(manifest):
+                raise FileExistsError(path)
+            self._storage.create(path, encode_manifest(manifest))
+            # A bucket has no lock: another version may have gone since we looked, but then its
+            # tombstone is there by now.
+            if self._tombstones.forbid(manifest):
+                with contextlib.suppress(FileNotFoundError):
+                    self._storage.remove(path)
+                raise FileExistsError(path)
+
+    def _highest_used(self, name: str) -> int:
+        """By a version that is there or was; 0 when there never was one."""
+        # In this order: a version removed between the two looks is seen by the second.
+        return max([*self.versions(name), *self._tombstones.numbers(name)], default=0)
+
     def _next_version(self, name: str, spec: ModelSpec, digest: str) -> int:
         newest = max(self.versions(name), default=0)
         try:
@@ -172,7 +205,7 @@ class Repository:
             )
         except RoostError:  # broken, or removed in this moment: no reason to refuse a new one
             same = False
-        return newest if same else check_version(newest + 1)
+        return newest if same else check_version(self._highest_used(name) + 1)
 
     def _check_file(self, digest: str) -> int:
         """The file's size, once it is known to be what it should be."""
@@ -217,9 +250,7 @@ class Repository:
 
     def versions(self, name: str) -> list[int]:
         """Ascending; empty when the model is not registered."""
-        found = self._storage.find(f"{MODELS}/{check_name(name)}", 1, MANIFEST)
-        numbers = (split_path(entry.path) for entry in found)
-        return sorted(number for _, number in filter(None, numbers))
+        return numbers(self._storage.find(f"{MODELS}/{check_name(name)}", 1, MANIFEST))
 
     def names(self) -> Iterator[str]:
         """Every model with at least one version, sorted."""
@@ -251,18 +282,21 @@ class Repository:
 
     def remove(self, name: str, version: int | None = None) -> None:
         """Removes one version, None for all of them, with their profiles. Files stay until
-        `collect_garbage`. Raises `ModelNotFound`."""
+        `collect_garbage`, the numbers stay taken for ever: only what was removed can be
+        registered under one again. Raises `ModelNotFound`."""
         check_name(name)
-        numbers = self.versions(name) if version is None else [check_version(version)]
+        candidates = self.versions(name) if version is None else [check_version(version)]
         removed = 0
         with self._storage.lock(exclusive=True):
-            for number in numbers:
+            for number in candidates:
                 try:
+                    # First: who dies in between leaves the version, never a free number.
+                    self._tombstones.put(name, number)
                     self._storage.remove(manifest_path(name, number))
                     removed += 1
                 except FileNotFoundError:
                     continue
-                self._storage.remove_tree(f"{MODELS}/{name}/{number}")
+                self._storage.remove_tree(profiles_path(name, number))
         if not removed:
             what = "is not registered" if version is None else f"has no version {version}"
             raise ModelNotFound(f"model {name!r} {what}")

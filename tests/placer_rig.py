@@ -52,6 +52,10 @@ class FakeWorker:
         self.failed: dict[ModelId, str] = {}
         self.loads: Callable[[ModelId], str | None] = lambda _: None
         self.answering = True
+        self.finishing = False
+        """Of what is unbound it keeps what it holds, as real workers do that still run it."""
+        self.stopped: list[Consumer] = []
+        self.reports = 0
         self.seconds_per_item = 0.001
         self.prefetch = 8
         self.held: dict[ModelId, list[Delivery]] = {}
@@ -71,7 +75,7 @@ class FakeWorker:
         for task in [*self._tasks, *self._answers]:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._answers, return_exceptions=True)
-        for consumer in self.consumers.values():
+        for consumer in [*self.consumers.values(), *self.stopped]:
             await consumer.close()
         self.consumers.clear()
 
@@ -130,8 +134,13 @@ class FakeWorker:
         self.assignment = found
         wanted = [each.model for each in found.models]
         for model in self.consumers.keys() - set(wanted):
-            await self.consumers.pop(model).close()
-            self.held.pop(model, None)
+            consumer = self.consumers.pop(model)
+            if self.finishing:
+                await consumer.cancel()
+                self.stopped.append(consumer)
+            else:
+                await consumer.close()
+                self.held.pop(model, None)
         self.failed = {model: why for model in wanted if (why := self.loads(model))}
         for model in wanted:
             if model in self.consumers or model in self.failed:
@@ -154,6 +163,7 @@ class FakeWorker:
     async def send_report(self) -> None:
         await self.store.put_report(self.report(), ttl_s=0.5)
         await self.store.hint(TOPIC_REPORTS)
+        self.reports += 1
 
     def _arrived(self, model: ModelId, delivery: Delivery) -> None:
         self.arrived[model] = self.arrived.get(model, 0) + 1

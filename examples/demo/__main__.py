@@ -26,9 +26,9 @@ from examples.demo.watch import Watcher
 from roost.client import RoostClient
 from roost.commands.up import make_stack
 from roost.stack.port import Stack, StackConfig, StackFailed
-from roost.units import show_bytes
 from shared import logs
 from shared.errors import RoostError
+from shared.units import show_bytes
 
 MEMORY_BYTES, DISK_BYTES = 8 * 10**9, 5 * 10**9
 ROWS = 8

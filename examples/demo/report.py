@@ -8,7 +8,7 @@ from rich.table import Table
 
 from examples.demo.traffic import Answer, Book, quantile
 from examples.demo.watch import Sight
-from roost.units import show_bytes
+from shared.units import show_bytes
 
 SHOWN = 12
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from roost.client import RoostClient
-from roost.units import show_bytes
 from shared.errors import InvalidRequest
 from shared.models import ModelSpec
+from shared.units import show_bytes
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser], url: str) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from roost.local import MissingService, find_binaries
 from roost.stack.port import Stack, StackConfig, StackFailed
-from roost.units import parse_bytes
 from shared import logs
+from shared.units import parse_bytes
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -3,7 +3,8 @@ simply taken again in the next cycle; nothing here decides.
 
 The order keeps requests where somebody looks: routing keys lead to a queue only once a worker
 is seen consuming it, and go before the last assignment of the model does; only an empty queue
-is deleted. Between the two, requests fall through to the placer.
+of which no worker holds messages is deleted. Between the two, requests fall through to the
+placer.
 """
 
 from __future__ import annotations
@@ -203,9 +204,8 @@ class Applier:
                 return  # its assignment still stands
             if gone.code is not None:
                 await self._answer_rest(queue, from_code(gone.code, gone.reason))
-            async with asyncio.timeout(_BROKER_TIMEOUT_S):
-                deleted = await self._broker.delete_queue(queue, if_unused=True)
-            if deleted:
+            # Held messages do not keep a queue: deleted under them, they could not go back.
+            if not self._knowledge.in_hand(model) and await self._delete(queue):
                 await self._store.remove_active(model)
                 self._knowledge.forget(model)
                 return
@@ -213,6 +213,10 @@ class Applier:
                 # Asked in the very moment in which it went.
                 self._knowledge.activate(model, None, why="requests were left")
                 self._knowledge.wait(model)
+
+    async def _delete(self, queue: str) -> bool:
+        async with asyncio.timeout(_BROKER_TIMEOUT_S):
+            return await self._broker.delete_queue(queue, if_unused=True)
 
     async def _answer_rest(self, queue: str, error: RoostError) -> None:
         """Answers what waits in the queue with `error`, until it is empty."""

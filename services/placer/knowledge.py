@@ -153,6 +153,17 @@ class Knowledge:
         """Active models, and to how many workers each is assigned."""
         return [(model, self.copies(model)) for model in list(self.active)]
 
+    def in_hand(self, model: ModelId) -> list[str]:
+        """Workers that may hold messages of the model's queue: that consume it, that hold some,
+        or that have not been seen to follow their last assignment."""
+        found = []
+        for worker, report in self.reports.items():
+            seen = self.reported[worker].get(model)
+            behind = report.generation < self.generations.get(worker, 0)
+            if behind or (seen is not None and (seen.bound or seen.held)):
+                found.append(worker)
+        return found
+
     def device_kinds(self) -> set[str]:
         return {report.device_kind for report in self.reports.values() if report.device_kind}
 

@@ -13,7 +13,7 @@ from prometheus_client import start_http_server
 
 from services.worker import devices, wire
 from services.worker.agent import Agent
-from services.worker.config import WorkerConfig, parse_bytes
+from services.worker.config import WorkerConfig
 from services.worker.consume import Consumers
 from services.worker.core.events import EngineStarted
 from services.worker.core.worker import WorkerCore
@@ -30,6 +30,7 @@ from shared.errors import RoostError
 from shared.repository import Repository
 from shared.store.port import Store
 from shared.supervise import guard
+from shared.units import parse_bytes
 
 log = structlog.get_logger(__name__)
 

@@ -5,27 +5,12 @@ from __future__ import annotations
 import re
 import socket
 import uuid
-from typing import Final
 
 from shared.config import CommonConfig, ConfigError
+from shared.units import parse_bytes
 
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*\Z", re.IGNORECASE)
-_POWER: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _DEVICE = re.compile(r"(auto|cpu|cuda(:[0-9]{1,3})?)\Z")
 _WORKER = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
-
-
-def parse_bytes(text: str | int) -> int:
-    """`4GiB`, `512 MB`, `1.5G` or a plain number, in bytes. With an `i` or without a `B` the
-    unit is binary. Raises `ConfigError`."""
-    if isinstance(text, int):
-        return text
-    match = _SIZE.match(text)
-    if match is None:
-        raise ConfigError(f"{text!r} is not a size: a number of bytes, or as 4GiB, 512MB")
-    number, unit, binary = match.groups()
-    decimal = not binary and text.strip().upper().endswith("B") and unit
-    return int(float(number) * (1000 if decimal else 1024) ** _POWER[unit.upper()])
 
 
 class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
@@ -70,7 +55,7 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
         ):  # fmt: skip
             try:
                 parse_bytes(getattr(self, name))
-            except ConfigError as error:
+            except ValueError as error:
                 raise ConfigError(f"ROOST_WORKER_{name.upper()}: {error}") from None
         if not _DEVICE.match(self.device):
             raise ConfigError(

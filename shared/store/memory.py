@@ -37,8 +37,8 @@ class MemoryState:
         self.lease: tuple[str, int, float] | None = None
 
     def next_fence(self) -> int:
-        """Higher than any before: wall-clock milliseconds survive a flush, a counter does not."""
-        self._last_fence = max(self._last_fence + 1, int(time.time() * 1000))
+        """Higher than any before: the wall clock survives a flush, a counter does not."""
+        self._last_fence = max(self._last_fence + 1, time.time_ns() // 1000)
         return self._last_fence
 
     def listen(self, topics: frozenset[str]) -> asyncio.Queue[str]:

@@ -50,8 +50,9 @@ redis.call('HSET', KEYS[1], 'fence', ARGV[1], 'generation', ARGV[2], 'body', ARG
 return 1
 """
 
-# The fence is max(last + 1, the server's clock in ms): a bare counter would start again at 1
-# when Redis loses its content, and a stale placer could then overrule a fresh one.
+# The fence is max(last + 1, the server's clock in µs): a bare counter would start again at 1
+# when Redis loses its content, and a stale placer could then overrule a fresh one. In ms, a
+# lease taken just before a flush and one taken just after could bear the same number.
 _ACQUIRE_LEASE = """
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return false end
@@ -60,9 +61,9 @@ if holder and redis.call('HGET', KEYS[2], 'holder') == ARGV[1] then
   return redis.call('HGET', KEYS[2], 'last')
 end
 local t = redis.call('TIME')
-local ms = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+local us = tonumber(t[1]) * 1000000 + tonumber(t[2])
 local last = tonumber(redis.call('HGET', KEYS[2], 'last') or '0')
-local fence = math.max(ms, last + 1)
+local fence = math.max(us, last + 1)
 local text = string.format('%.0f', fence)
 redis.call('HSET', KEYS[2], 'last', text, 'holder', ARGV[1])
 return text

@@ -33,6 +33,15 @@ async def stores(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Store, S
         await store.close()
 
 
+@pytest.fixture
+async def redis_store(redis_url: str) -> AsyncIterator[RedisStore]:
+    """For what only Redis can show."""
+    store = RedisStore(redis_url)
+    await store.start()
+    yield store
+    await store.close()
+
+
 def report(worker: str = "w0", seq: int = 1) -> Report:
     return Report(
         worker=worker,
@@ -196,17 +205,15 @@ async def test_epoch_is_stable_and_the_same_for_all(stores):
     assert await one.epoch() == await other.epoch() == await one.epoch()
 
 
-async def test_a_flush_changes_the_epoch_and_fences_still_grow(redis_url):
+async def test_a_flush_changes_the_epoch_and_fences_still_grow(redis_store):
     """After FLUSHALL the epoch is another and the next fence is higher than the last before."""
-    store = RedisStore(redis_url)
-    await store.start()
+    store = redis_store
     epoch, fence = await store.epoch(), await store.acquire_lease("p1", 10)
     await store._redis.flushdb()
     assert await store.epoch() != epoch
     assert await store.assignment("w0") is None
     again = await store.acquire_lease("p1", 10)
     assert again > fence
-    await store.close()
 
 
 async def test_a_store_that_is_away_says_so():
@@ -221,14 +228,12 @@ async def test_a_store_that_is_away_says_so():
         await MemoryStore(state).reports()
 
 
-async def test_garbage_in_the_store_is_left_out(redis_url):
+async def test_garbage_in_the_store_is_left_out(redis_store):
     """An undecodable report or assignment harms nobody."""
-    store = RedisStore(redis_url)
-    await store.start()
+    store = redis_store
     await store.put_report(report("good"), 10)
     await store.put_report(report("bad"), 10)
     await store._redis.set("roost:{w:bad}:report", b"\xc1garbage")
     await store._redis.hset("roost:{w:bad}:assignment", mapping={"body": b"\xc1"})
     assert [r.worker for r in await store.reports()] == ["good"]
     assert await store.assignment("bad") is None
-    await store.close()

@@ -279,6 +279,24 @@ async def test_requests_left_for_a_removed_model_are_told(rig):
     assert (await rig.ask("bert")).headers[names.HEADER_CODE] == "not_found"
 
 
+async def test_a_queue_stays_while_a_worker_holds_messages_of_it(rig):
+    """To the broker they do not count; deleted with the queue, they could never go back to it."""
+    model = rig.register("bert")
+    worker = await rig.start_worker("w1")
+    worker.answering, worker.finishing = False, True
+    await rig.start_placer()
+    request = await rig.send("bert")
+    await until(lambda: worker.held.get(model))
+    await rig.remove("bert")
+    await until(lambda: worker.stopped)
+    told = worker.reports
+    await until(lambda: worker.reports > told + 4)  # each of them wakes the placer
+    assert await rig.depth(model_queue(model)) == 0
+    await worker.die()
+    assert (await rig.reply(request)).headers[names.HEADER_CODE] == "not_found"
+    await rig.gone(model_queue(model))
+
+
 async def test_a_model_that_no_worker_can_load_is_answered_with_the_reason(rig):
     """On every worker that there is; and it is tried again later."""
     rig.register("broken")

@@ -51,6 +51,8 @@ class RepositoryMachine(RuleBasedStateMachine):
         super().__init__()
         self.repository = Repository(f"memory://{uuid.uuid4().hex}")
         self.expected: dict[tuple[str, int], tuple[str, float]] = {}
+        self.ever: dict[tuple[str, int], tuple[str, float]] = {}
+        """What each number meant first, and so for ever."""
 
     names = st.sampled_from(["a", "b.c"])
     versions = st.integers(1, 3)
@@ -61,11 +63,12 @@ class RepositoryMachine(RuleBasedStateMachine):
         spec = ModelSpec(target_ms=float(target_ms))
         content = (digest, float(target_ms))
         newest = max((v for n, v in self.expected if n == name), default=0)
-        if version is None:
-            number = newest if self.expected.get((name, newest)) == content else newest + 1
-        else:
-            number = version
-        if self.expected.setdefault((name, number), content) == content:
+        number = version
+        if number is None:
+            same = self.expected.get((name, newest)) == content
+            number = newest if same else 1 + max((v for n, v in self.ever if n == name), default=0)
+        if self.ever.setdefault((name, number), content) == content:
+            self.expected[name, number] = content
             manifest = self.repository.register(name, version, spec, digest)
             assert manifest.version == number
         else:
@@ -73,7 +76,7 @@ class RepositoryMachine(RuleBasedStateMachine):
                 self.repository.register(name, version, spec, digest)
             except AlreadyExists:
                 return
-            raise AssertionError("a version was registered twice")
+            raise AssertionError("a number was used for two contents")
 
     @rule(name=names, version=st.none() | versions)
     def remove(self, name, version):

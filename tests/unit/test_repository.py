@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -10,6 +11,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 import structlog.testing
 
@@ -295,16 +297,133 @@ def test_remove(repository):
     with pytest.raises(ModelNotFound, match="is not registered"):
         repository.remove("m")
     assert repository.has_blob(digest)
-    assert repository.register("m", None, OTHER, digest).version == 1
-    assert repository.manifests() == [repository.manifest("m", 1)]
+    assert repository.register("m", None, OTHER, digest).version == 4
+    assert repository.manifests() == [repository.manifest("m", 4)]
 
 
-def test_removing_leaves_no_folder(local, root):
-    """A removed model leaves no empty folder to list."""
-    local.register("m", 1, SPEC, put(local))
+def test_removing_leaves_a_tombstone_only(local, root):
+    """Of a removed version stays what it was and when it went; not its measurements."""
+    digest = put(local)
+    local.register("m", 1, SPEC, digest)
     local.put_profile(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
     local.remove("m")
-    assert not (root / "models" / "m").exists()
+    assert files(root) - {blob_path(digest)} == {"models/m/1/removed.json"}
+    tombstone = msgspec.json.decode((root / "models/m/1/removed.json").read_bytes())
+    assert tombstone["manifest"]["digest"] == digest
+    assert tombstone["removed_at"] >= tombstone["manifest"]["created_at"]
+
+
+def test_the_next_version_is_above_removed_ones(repository):
+    """A number that was given stays given, also when no version is left."""
+    digest, other = put(repository), put(repository, b"other weights")
+    for version in (1, 2, 7):
+        repository.register("m", version, SPEC, digest)
+    repository.remove("m", 7)
+    assert repository.register("m", None, SPEC, digest).version == 2, "the newest is this already"
+    assert repository.register("m", None, SPEC, other).version == 8
+    repository.remove("m")
+    assert repository.register("m", None, SPEC, other).version == 9
+
+
+def test_a_removed_version_is_not_registered_as_another(repository, url):
+    """Another file or specification under a number that was used is refused; the message says
+    what to do."""
+    digest, other = put(repository), put(repository, b"other weights")
+    for version in (1, 2):
+        repository.register("m", version, SPEC, digest)
+    repository.remove("m", 1)
+    for spec, file in ((SPEC, other), (OTHER, digest)):
+        with pytest.raises(AlreadyExists, match="version 1 of model 'm' was removed") as caught:
+            Repository(url).register("m", 1, spec, file)
+        assert str(caught.value).endswith(
+            "version numbers are not used again, push without a version or as 3"
+        )
+    assert repository.versions("m") == [2]
+    assert repository.register("m", 3, OTHER, other).version == 3
+
+
+def test_a_removed_version_comes_back_as_it_was(repository):
+    """The same file and specification revive it, without its measurements, as often as one
+    likes, and never as anything else."""
+    digest = put(repository)
+    repository.register("m", 1, SPEC, digest)
+    repository.put_profile(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
+    for _ in range(2):
+        repository.remove("m")
+        with pytest.raises(AlreadyExists, match="was removed"):
+            repository.register("m", 1, OTHER, digest)
+        revived = repository.register("m", 1, SPEC, digest)
+        assert repository.manifests() == [revived] == [repository.manifest("m")]
+        assert repository.profile(revived.id, "cpu") is None
+        with pytest.raises(AlreadyExists, match="has a version 1 already"):
+            repository.register("m", 1, OTHER, digest)
+    assert repository.register("m", None, OTHER, digest).version == 2
+
+
+def test_a_removed_model_is_not_there(repository, url):
+    """Tombstones alone are no model, and keep no file."""
+    digest = put(repository)
+    repository.register("m", 1, SPEC, digest)
+    repository.remove("m")
+    for each in (repository, Repository(url)):
+        assert list(each.names()) == []
+        assert each.versions("m") == []
+        assert each.manifests() == []
+        for version in (None, 1):
+            with pytest.raises(ModelNotFound, match="'m' is not registered"):
+                each.manifest("m", version)
+        with pytest.raises(ModelNotFound):
+            each.put_profile(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
+    assert repository.collect_garbage(0.0).blobs == 1
+    with pytest.raises(InvalidRequest, match="upload it first"):
+        repository.register("m", 1, SPEC, digest)
+    put(repository)
+    assert repository.register("m", 1, SPEC, digest).version == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"removed_at": 1.0, "manifest": {"name": "m"}}'])
+def test_a_broken_tombstone_keeps_the_number(local, root, text):
+    """When nobody can tell what a version was, nothing comes back under its number."""
+    digest = put(local)
+    local.register("m", 1, SPEC, digest)
+    local.remove("m")
+    (root / "models" / "m" / "1" / "removed.json").write_text(text)
+    with pytest.raises(AlreadyExists, match="was removed"):
+        local.register("m", 1, SPEC, digest)
+    assert local.register("m", None, SPEC, digest).version == 2
+
+
+def test_a_removal_that_was_cut_short_is_none(local, root):
+    """A manifest beside a tombstone is a version, and can be removed again."""
+    digest = put(local)
+    first = local.register("m", 1, SPEC, digest)
+    path = root / "models" / "m" / "1" / "manifest.json"
+    text = path.read_bytes()
+    local.remove("m")
+    path.write_bytes(text)
+    assert local.register("m", 1, SPEC, digest) == local.manifest("m") == first
+    local.remove("m", 1)
+    assert local.versions("m") == []
+
+
+def test_a_number_never_means_two_files(url):
+    """However registrations and removals of one number meet, only one content is ever seen."""
+    repositories = [Repository(url) for _ in range(6)]
+    digests = [put(repositories[0], bytes([number])) for number in range(6)]
+
+    def act(number):
+        seen = set()
+        for _ in range(10):
+            with contextlib.suppress(AlreadyExists):
+                registered = repositories[number].register("m", 1, SPEC, digests[number])
+                seen.add(registered.digest)
+            with contextlib.suppress(ModelNotFound):
+                repositories[number].remove("m", 1)
+        return seen
+
+    results = race(6, act)
+    assert not [result for result in results if isinstance(result, Exception)]
+    assert len(set().union(*results)) == 1
 
 
 @pytest.mark.parametrize(
@@ -325,6 +444,8 @@ def test_a_broken_manifest_is_named(local, root, text):
     assert local.register("bad", None, SPEC, manifest.digest).version == 2
     local.remove("bad", 1)
     assert local.manifest("bad").version == 2
+    with pytest.raises(AlreadyExists, match="was removed"):
+        local.register("bad", 1, SPEC, manifest.digest)
 
 
 def test_a_manifest_must_be_that_of_its_folder(local, root):
@@ -360,7 +481,7 @@ def test_listings_see_what_others_change(url):
     ours.register("b", 1, SPEC, digest)
     assert [manifest.id for manifest in theirs.manifests()] == ["a/1", "b/1"]
     ours.remove("a")
-    ours.register("a", 1, OTHER, digest)
+    ours.register("a", 2, OTHER, digest)
     assert theirs.manifests() == [ours.manifest("a"), ours.manifest("b")]
 
 

@@ -41,8 +41,9 @@ class Subscriptions:
         return f"Subscriptions({len(self.current)} current, {len(self.all)} in all)"
 
     def bound(self, model: ModelId) -> bool:
+        """Whether the queue is consumed: until the end is confirmed, messages still come."""
         subscription = self.current.get(model)
-        return subscription is not None and subscription.phase == "on"
+        return subscription is not None and subscription.phase in {"on", "stopping"}
 
     def saturated(self, model: ModelId) -> bool:
         subscription = self.current.get(model)

@@ -115,6 +115,25 @@ def test_waiting_ends_when_somebody_consumes_or_nothing_waits():
     assert not knowledge.view().models[A].waiting
 
 
+def test_who_may_hold_messages_of_a_queue():
+    """Who consumes it, holds some, or has not yet been seen to follow its last assignment."""
+    clock, knowledge = knowing(seen())
+
+    def in_hand(*models, **rest):
+        knowledge.see([report(*models, **rest)], {}, clock.now)
+        return knowledge.in_hand(A)
+
+    assert in_hand(seen()) == ["w1"]
+    held = msgspec.structs.replace(seen(bound=False), held=1)
+    assert in_hand(held) == ["w1"]
+    assert in_hand(seen(bound=False)) == []
+    knowledge.generations["w1"] = 2
+    assert in_hand() == ["w1"]
+    assert in_hand(generation=2) == []
+    knowledge.see([], {}, clock.now)
+    assert knowledge.in_hand(A) == []
+
+
 def test_commit_keeps_count_and_ignores_what_is_gone():
     """A plan may speak of workers and models that went while it was made."""
     _, knowledge = knowing()

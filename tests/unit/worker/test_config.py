@@ -7,25 +7,10 @@ import os
 import pytest
 
 from services.worker import devices
-from services.worker.config import WorkerConfig, parse_bytes
+from services.worker.config import WorkerConfig
 from services.worker.launch import engine_environment
 from shared.config import ConfigError, load
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("4GiB", 4 << 30), ("512 MB", 512_000_000), ("1.5g", 3 << 29), ("17", 17), (17, 17)],
-)
-def test_sizes_are_read_as_people_write_them(text, size):
-    """With an i, or without a B, units are binary."""
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["4 apples", "-1", "", "GiB", "1e9"])
-def test_what_is_no_size_is_refused(text):
-    """The error says what was expected."""
-    with pytest.raises(ConfigError, match="is not a size"):
-        parse_bytes(text)
+from shared.units import parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ _UNITS |= {f"{u}I": 1024**n for n, u in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?)B?\s*\Z", re.IGNORECASE)
 
 
-def parse_bytes(text: str) -> int:
-    """`4GiB`, `500 MB`, `1024` → bytes. Raises `ValueError` on anything else."""
+def parse_bytes(text: str | int) -> int:
+    """`4GiB`, `500 MB`, `1.5G`, `1024` → bytes, with Kubernetes' meaning of the units: `G` is
+    10⁹, `Gi` is 2³⁰. Raises `ValueError` on anything else."""
+    if isinstance(text, int):
+        return text
     match = _SIZE.match(text)
     if not match or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size such as 4GiB, 500MB or 1073741824")
+        raise ValueError(f"{text!r} is not a size: a number of bytes, or as 4GiB, 512MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
