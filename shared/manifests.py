@@ -66,7 +66,8 @@ def manifest_path(name: str, version: int) -> str:
 
 
 def split_path(path: str) -> tuple[str, int] | None:
-    """Name and version from the path of a file beside a manifest; None for folders that are not ours."""
+    """Name and version from the path of a file in a version's folder; None for folders that
+    are not ours."""
     _, name, version, _ = path.split("/")
     try:
         return check_name(name), check_version(version)

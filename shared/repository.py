@@ -158,10 +158,10 @@ class Repository:
                     present = self.manifest(name, number)
                 except ModelNotFound:
                     if version is not None and self._tombstones.forbid(fresh):
+                        unused = self._unused(name, max(self.versions(name), default=0))
                         raise AlreadyExists(
-                            f"version {number} of model {name!r} was removed; version numbers are "
-                            "not used again, push without a version or as "
-                            f"{self._highest_used(name) + 1}"
+                            f"version {number} of model {name!r} was removed; version numbers "
+                            f"are not used again, push without a version or as {unused}"
                         ) from None
                     continue  # removed in this moment
                 if same_manifest(present, fresh):
@@ -192,10 +192,9 @@ class Repository:
                     self._storage.remove(path)
                 raise FileExistsError(path)
 
-    def _highest_used(self, name: str) -> int:
-        """By a version that is there or was; 0 when there never was one."""
-        # In this order: a version removed between the two looks is seen by the second.
-        return max([*self.versions(name), *self._tombstones.numbers(name)], default=0)
+    def _unused(self, name: str, newest: int) -> int:
+        """The number above `newest`, as it was seen before, and all that were removed."""
+        return max([newest, *self._tombstones.numbers(name)]) + 1
 
     def _next_version(self, name: str, spec: ModelSpec, digest: str) -> int:
         newest = max(self.versions(name), default=0)
@@ -205,7 +204,8 @@ class Repository:
             )
         except RoostError:  # broken, or removed in this moment: no reason to refuse a new one
             same = False
-        return newest if same else check_version(self._highest_used(name) + 1)
+        # From the same look: an equal version that came since must be met, not passed by.
+        return newest if same else check_version(self._unused(name, newest))
 
     def _check_file(self, digest: str) -> int:
         """The file's size, once it is known to be what it should be."""

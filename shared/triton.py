@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Final, cast
 
@@ -138,7 +139,12 @@ def read_config(text: str) -> dict[str, Any]:
             f"reading {CONFIG} needs protobuf: install the extra 'triton' (roost[triton])"
         ) from error
     try:
-        parsed = text_format.Parse(with_colons(text), _config_class()(), allow_unknown_field=True)
+        with warnings.catch_warnings():
+            # protobuf decodes strings with Python's own escapes, which warns of unknown ones.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            parsed = text_format.Parse(
+                with_colons(text), _config_class()(), allow_unknown_field=True
+            )
     except (text_format.ParseError, RecursionError, UnicodeError, ValueError) as error:
         raise InvalidRequest(f"{CONFIG} cannot be read: {error}") from error
     return cast("dict[str, Any]", _plain(parsed))

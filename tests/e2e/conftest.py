@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.e2e.running import Up, save_doubler
+from tests.e2e.steady import answers, holds_nothing, signs, until
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +23,25 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield stack
     finally:
         stack.stop()
+
+
+@pytest.fixture
+def http(up: Up) -> Iterator[httpx.Client]:
+    """A client of the stack's gateway."""
+    with httpx.Client(base_url=up.url, timeout=30, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+def steady(up: Up, http: httpx.Client) -> Iterator[None]:
+    """After the test the stack is as before: it answers, holds nothing, and no process, engine
+    or connection of it was replaced."""
+    answers(http)
+    before = signs(up)
+    yield
+    answers(http)
+    until(lambda: holds_nothing(up), "nothing is held any more")
+    assert signs(up) == before
 
 
 def _spec(folder: Path) -> Path:
