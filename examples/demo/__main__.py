@@ -279,13 +279,13 @@ class Demo:
         )
 
     def _spike_rate(self) -> float:
-        """Requests per second that keep one engine busy nine tenths of the time at the batches
-        it would form: more than a model may take of one worker, less than two can bear."""
+        """Requests per second that keep one engine busy two thirds of the time at the batches
+        it would form at best: more than one worker bears in time, less than two do."""
         begun = time.monotonic()
         for _ in range(5):
             self.factory.run(models.MAX_BATCH)
         per_request = (time.monotonic() - begun) / (5 * models.MAX_BATCH)
-        return 0.9 / per_request
+        return 0.65 / per_request
 
     async def newcomer(self, stack: Stack, http: HttpTraffic, watcher: Watcher) -> None:
         await stack.remove_worker("worker-1")
