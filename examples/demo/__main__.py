@@ -219,64 +219,69 @@ class Demo:
         await asyncio.sleep(QUIET_S)
         before = watcher.sights[-1].bound()
         began = time.monotonic()
-        seconds_to_second: float | None = None
         second = asyncio.create_task(
             watcher.until(lambda s: len(s.bound().get(model, ())) >= 2, SPIKE_S + 20)
         )
         await amqp.spike(model, rate, SPIKE_S, ROWS)
         ended = time.monotonic()
         at_two = await second
-        if at_two is not None:
-            seconds_to_second = at_two.at - began
         back = await watcher.until(lambda s: len(s.bound().get(model, ())) == 1, 60)
         await asyncio.sleep(AFTER_S)
-        watched_to = time.monotonic()
-        for task in (background, trickle):
-            task.cancel()
-        await asyncio.gather(background, trickle, return_exceptions=True)
-        await amqp.close()
-
-        during = [s for s in watcher.sights if began <= s.at <= watched_to]
-        changed = sorted(
-            {m for s in during for m in {*s.bound(), *before} if s.bound().get(m) != before.get(m)}
-        )
-        book, other = self.book, set(others)
-        quiet = [a.seconds for a in book.between(watched_from, began, other)]
-        busy = [a.seconds for a in book.between(began, ended, other)]
-        after = [a.seconds for a in book.between(watched_to - AFTER_S, watched_to, other)]
-        ratio = quantile(busy, 0.99) / quantile(quiet, 0.99)
-        hot = book.between(began, ended, {model})
-        self.result.spike = {
-            "models_whose_bindings_changed": changed,
-            "seconds_to_second_binding": seconds_to_second and round(seconds_to_second, 3),
-            "others_p99_ratio": round(ratio, 2),
-        }
-        self._no_errors(self.book.all())
-        self.checks.hold(
-            seconds_to_second is not None,
-            f"a second binding after {seconds_to_second or float('nan'):.2f} s",
-        )
-        self.checks.hold(changed == [model], f"bindings changed of {changed}, and of no other")
-        self.checks.hold(
-            back is not None,
-            "the second binding was given back "
-            f"{(back.at if back else float('nan')) - ended:.1f} s after the spike",
-        )
-        console.print(
-            f"  {model}: {len(hot)} requests, "
-            f"{len(hot) / (max(a.answered for a in hot) - began):.0f}/s answered\n"
-            f"  the other {len(others)}: p50 / p99 before "
-            f"{_ms(quiet)}, during {_ms(busy)}, after {_ms(after)} ms"
-        )
-        return picture.Spike(
+        seen = picture.Spike(
             model=model,
             watched_from=watched_from,
             began=began,
             second_binding=at_two.at if at_two else None,
             ended=ended,
             given_back=back.at if back else None,
-            watched_to=watched_to,
+            watched_to=time.monotonic(),
         )
+        for task in (background, trickle):
+            task.cancel()
+        await asyncio.gather(background, trickle, return_exceptions=True)
+        await amqp.close()
+        self._judge(seen, before, watcher, set(others))
+        return seen
+
+    def _judge(
+        self,
+        spike: picture.Spike,
+        before: dict[str, set[str]],
+        watcher: Watcher,
+        others: set[str],
+    ) -> None:
+        """Figures and checks of the spike. `before`: workers by bound model when it began."""
+        during = [s.bound() for s in watcher.sights if spike.began <= s.at <= spike.watched_to]
+        changed = sorted(
+            {m for bound in during for m in {*bound, *before} if bound.get(m) != before.get(m)}
+        )
+        phases = {
+            "before": (spike.watched_from, spike.began),
+            "during": (spike.began, spike.ended),
+            "after": (spike.watched_to - AFTER_S, spike.watched_to),
+        }
+        p99 = {
+            name: quantile([a.seconds for a in self.book.between(*span, others)], 0.99)
+            for name, span in phases.items()
+        }
+        waited = spike.second_binding and round(spike.second_binding - spike.began, 3)
+        self.result.spike = {
+            "models_whose_bindings_changed": changed,
+            "seconds_to_second_binding": waited,
+            "others_p99_ratio": round(p99["during"] / p99["before"], 2),
+        }
+        self._no_errors(self.book.all())
+        self.checks.hold(waited is not None, f"{spike.model} got a second binding after {waited} s")
+        self.checks.hold(
+            changed == [spike.model],
+            f"bindings changed of {', '.join(changed) or 'nobody'}, and of no other",
+        )
+        self.checks.hold(
+            spike.given_back is not None,
+            "the second binding was given back "
+            f"{(spike.given_back or float('nan')) - spike.ended:.1f} s after the spike",
+        )
+        console.print(report.spike(self.book, spike.model, others, phases))
 
     def _spike_rate(self) -> float:
         """Requests per second that keep one engine busy two thirds of the time at the batches
@@ -339,10 +344,6 @@ class Demo:
         )
 
 
-def _ms(seconds: list[float]) -> str:
-    return f"{quantile(seconds, 0.5) * 1000:.0f} / {quantile(seconds, 0.99) * 1000:.0f}"
-
-
 def check_room(folder: Path) -> str | None:
     """None when there is memory and disk for the run, else one line that says what is missing."""
     memory, disk = psutil.virtual_memory().available, shutil.disk_usage(folder).free
@@ -380,8 +381,10 @@ def main() -> int:
     demo = Demo(folder, arguments.png.resolve(), arguments, seed)
     try:
         asyncio.run(demo.run())
-    except (StackFailed, RoostError) as error:
-        demo.checks.hold(condition=False, claim=f"the demo ran to its end: {error}")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the last line is still JSON
+        if not isinstance(error, StackFailed | RoostError):
+            console.print_exception()
+        demo.checks.hold(condition=False, claim=f"the demo ran to its end: {error!r}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     for claim in demo.checks.failed:

@@ -14,6 +14,7 @@ from examples.demo.watch import Sight
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 STEP_S = 0.5
 
@@ -86,7 +87,7 @@ def draw(
 
 
 def _fill(
-    axes: plt.Axes,
+    axes: Axes,
     sights: Sequence[Sight],
     filled: tuple[float, float],
     worker: str,
@@ -121,7 +122,9 @@ def _fill(
 
 
 def _count(answers: Sequence[Answer], start: float, moment: str) -> float:
-    return sum(start <= getattr(a, moment) < start + STEP_S for a in answers) / STEP_S
+    """Answers per second whose `moment` (asked, answered) lies in this step."""
+    hits = sum(start <= float(getattr(a, moment)) < start + STEP_S for a in answers)
+    return hits / STEP_S
 
 
 def _quantile(answers: Sequence[Answer], start: float, share: float) -> float:

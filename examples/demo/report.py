@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from rich.table import Table
 
@@ -35,12 +36,12 @@ def table(sights: Sequence[Sight], book: Book, marks: Mapping[str, str]) -> Tabl
     for column in ("bytes measured", "requests", "p50 ms", "p99 ms"):
         made.add_column(column, justify="right")
     for name in models[:SHOWN]:
-        seat = here.get(name)
+        place = here.get(name)
         label = f"{name} ({marks[name]})" if name in marks else name
         made.add_row(
             label,
-            seat.worker if seat else "—",
-            seat.tier if seat else "disk",
+            place.worker if place else "—",
+            place.tier if place else "disk",
             f"{last[name][2]:,}" if name in last else "",
             *_figures(book.answers[name]),
         )
@@ -55,6 +56,32 @@ def table(sights: Sequence[Sight], book: Book, marks: Mapping[str, str]) -> Tabl
         )
     total = sum(now.used_bytes.values())
     made.caption = f"{show_bytes(total)} on {len(now.used_bytes)} worker(s) at the end"
+    return made
+
+
+def spike(
+    book: Book, model: str, others: AbstractSet[str], phases: Mapping[str, tuple[float, float]]
+) -> Table:
+    """Throughput and latency of the spiking model and of all others, phase by phase.
+
+    `phases`: begin and end by name, `time.monotonic()` seconds.
+    """
+    made = Table(title=f"The spike of {model}", title_justify="left")
+    made.add_column("")
+    for column in ("asked/s", "answered/s", "p50 ms", "p99 ms"):
+        made.add_column(f"{model}\n{column}", justify="right")
+    for column in ("p50 ms", "p99 ms"):
+        made.add_column(f"the other {len(others)}\n{column}", justify="right")
+    for name, (start, end) in phases.items():
+        hot, rest = book.between(start, end, {model}), book.between(start, end, others)
+        answered = sum(start <= a.answered < end for a in book.answers[model] if not a.error)
+        made.add_row(
+            name,
+            f"{len(hot) / (end - start):.0f}",
+            f"{answered / (end - start):.0f}",
+            *_figures(hot)[1:],
+            *_figures(rest)[1:],
+        )
     return made
 
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 import httpx
@@ -76,7 +77,7 @@ class Book:
     def record_error(self, model: str, asked: float, error: str) -> Answer:
         return self._add(Answer(model, asked, time.monotonic(), wrong=False, error=error))
 
-    def between(self, start: float, end: float, models: Sequence[str] | set[str]) -> list[Answer]:
+    def between(self, start: float, end: float, models: AbstractSet[str]) -> list[Answer]:
         """Answers to what was asked in that time."""
         return [a for m in models for a in self.answers[m] if start <= a.asked < end]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -62,7 +63,7 @@ class Watcher:
                 self._seen.notify_all()
             await asyncio.sleep(self._interval_s)
 
-    async def until(self, condition: Any, limit_s: float) -> Sight | None:
+    async def until(self, condition: Callable[[Sight], bool], limit_s: float) -> Sight | None:
         """The first sight from now on for which `condition(sight)` holds; None when the time
         is over before."""
         try:
