@@ -6,18 +6,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import resource
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+from shared.names import HEADER_CODE
+from shared.v2 import error_body
+
+log = structlog.get_logger(__name__)
 
 HEAD_TIMEOUT_S: Final = 10.0
 """From the first byte of a request (or the connection's begin) to the end of its headers; also
@@ -27,6 +39,8 @@ HEAD_LIMIT_BYTES: Final = 64 * 1024
 KEEP_ALIVE_S: Final = 75
 """Longer than the idle time of usual proxies (60 s): else they send on closing connections."""
 BACKLOG: Final = 2048
+REFUSALS_LOGGED_S: Final = 10.0
+"""A log line tells of the connections refused in so long: any client can provoke them."""
 
 
 async def serve(
@@ -37,18 +51,23 @@ async def serve(
     on_started: Callable[[int], None] | None = None,
     *,
     grace_s: float = 10.0,
-    max_connections: int = 4096,
+    max_connections: int = 8192,
+    max_requests: int = 4096,
 ) -> None:
     """Serves until `stop` is set; then takes no more connections, lets running requests finish
     for `grace_s`, cancels the rest and returns. Cancelled itself, it drops everything at once.
 
     `port` 0 takes a free one; `on_started` is told the real one, when connections are taken.
-    Beyond `max_connections` requests are answered with 503. The app's lifespan is not run: a
-    service's parts are begun and ended in its `app.py`. Raises `OSError` if it cannot listen.
+    Beyond `max_connections` (or what the process may open) a new connection takes the place of
+    the one that has been idle for longest, and is closed at once when none is idle. Beyond
+    `max_requests` running ones a request is answered with 503. The app's lifespan is not run:
+    a service's parts are begun and ended in its `app.py`. Raises `OSError` if it cannot listen.
     """
     listener = _listen(host, port)
-    config = uvicorn.Config(
+    config = _Config(
         app,
+        crowd=_Crowd(min(max_connections, _openable())),
+        max_requests=max_requests,
         http=_Protocol,
         ws="none",
         lifespan="off",
@@ -60,7 +79,6 @@ async def serve(
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(grace_s),
-        limit_concurrency=max_connections,
         backlog=BACKLOG,
     )
     bound: int = listener.getsockname()[1]
@@ -95,6 +113,77 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _openable() -> float:
+    """Connections that leave the process some files to open for other purposes."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if soft == resource.RLIM_INFINITY else max(soft - 256, soft // 2)
+
+
+class _Crowd:
+    """Bounds the open connections, and knows which of them are idle: no request is being read
+    or served (its answer may still wait for the client). Idle ones never keep others out."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._open: set[_Protocol] = set()
+        self._idle: dict[_Protocol, None] = {}  # the longest idle first
+        self._refused = 0
+        self._told_at = -math.inf
+
+    def enter(self, connection: _Protocol) -> bool:
+        """Whether there is room for one more, if need be in an idle one's place."""
+        if len(self._open) >= self._limit:
+            victim = next(iter(self._idle), None)
+            if victim is None:
+                self._refuse()
+                return False
+            self.leave(victim)
+            victim.transport.abort()
+        self._open.add(connection)
+        self._idle[connection] = None
+        return True
+
+    def leave(self, connection: _Protocol) -> None:
+        """It is closed, or about to be. Idempotent."""
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+
+    def busy(self, connection: _Protocol) -> None:
+        self._idle.pop(connection, None)
+
+    def idle(self, connection: _Protocol) -> None:
+        if connection in self._open:
+            self._idle[connection] = None
+
+    def _refuse(self) -> None:
+        self._refused += 1
+        now = time.monotonic()
+        if now - self._told_at >= REFUSALS_LOGGED_S:
+            log.warning("connections_refused", count=self._refused, limit=self._limit)
+            self._refused = 0
+            self._told_at = now
+
+
+class _Config(uvicorn.Config):
+    def __init__(self, app: ASGIApp, *, crowd: _Crowd, max_requests: int, **options: Any) -> None:
+        # Not uvicorn's own limit: that counts idle connections against everybody's requests.
+        super().__init__(app, **options)
+        self.crowd = crowd
+        self.max_requests = max_requests
+
+
+async def _too_busy(_scope: Scope, _receive: Receive, send: Send) -> None:
+    body = error_body("too many requests are under way")
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (HEADER_CODE.encode(), b"unavailable"),
+        (b"retry-after", b"1"),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -127,15 +216,18 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn bounds neither the time nor the bytes of a request's head; here both are.
+    """uvicorn bounds neither the time nor the bytes of a request's head, and lets idle
+    connections count as load; here heads are bounded, connections and requests apart.
 
     A *cycle* is uvicorn's word for a request whose headers are complete. The clock runs while
     the connection gives bytes that no cycle waits for; an idle keep-alive connection is
     uvicorn's to close.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: _Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._crowd = config.crowd
+        self._max_requests = config.max_requests
         self._clock: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_body = False
@@ -143,13 +235,18 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        self._start_clock()
+        if self._crowd.enter(self):
+            self._start_clock()
+        else:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._crowd.leave(self)
         self._stop_clock()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._crowd.busy(self)
         if self._nobody_waits():
             self._start_clock()
         was_in_body, self._ended = self._in_body, False
@@ -164,6 +261,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._in_body = True
         self._head_bytes = 0
+        self._crowd.busy(self)
         self._stop_clock()
 
     def on_message_complete(self) -> None:
@@ -172,6 +270,26 @@ class _Protocol(HttpToolsProtocol):
         self._ended = True
         if self._nobody_waits():
             self._stop_clock()
+            self._crowd.idle(self)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._nobody_waits() and not self._in_body:
+            self._crowd.idle(self)
+
+    def send_400_response(self, msg: str) -> None:
+        body = error_body(msg)
+        head = (
+            b"content-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        )
+        self.transport.write(STATUS_LINE[400] + head + body)
+        self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if len(self.tasks) >= self._max_requests:
+            app = _too_busy
+        super()._start_asgi_task(cycle, app)
 
     def _nobody_waits(self) -> bool:
         return getattr(self.cycle, "response_complete", True)  # before the first it is None

@@ -7,7 +7,8 @@ Laws that both implementations keep:
 - `create` lets exactly one of several writers win; the others get `FileExistsError`. (For a
   URL: within one process always, between processes as far as the service offers it.)
 - Paths are relative to the root, with `/`. A path that is not there: `FileNotFoundError`.
-  Every other trouble with the files: `Unavailable`.
+  Every other trouble with the files: `Unavailable`; and so is a directory that is away, which
+  must not look like one from which all was removed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import fsspec.core
 
-from shared.errors import InvalidRequest, Unavailable
+from shared.errors import InvalidRequest, RoostError, Unavailable
 
 TEMPORARY = "tmp"
 """Folder of unfinished uploads, below the root."""
@@ -82,16 +83,16 @@ class Storage(Protocol):
 
 
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Turns the trouble of files into `Unavailable`; absence and presence pass as they are."""
+def translated(trouble: type[Exception] = OSError) -> Iterator[None]:
+    """Turns the trouble of files into `Unavailable`; absence and presence pass as they are, and
+    so do our own errors."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError):
+    except (FileNotFoundError, FileExistsError, RoostError):
         raise
-    except OSError as error:
-        raise Unavailable(
-            f"the repository cannot be used: {error.strerror or repr(error)}"
-        ) from error
+    except trouble as error:
+        said = getattr(error, "strerror", None) or repr(error)
+        raise Unavailable(f"the repository cannot be used: {said}") from error
 
 
 def write_all(handle: int, data: bytes | memoryview) -> None:
@@ -102,7 +103,7 @@ def write_all(handle: int, data: bytes | memoryview) -> None:
 
 
 def open_storage(url: str, *, durable: bool = True) -> Storage:
-    """The storage behind a path or URL. Nothing is created before something is written.
+    """The storage behind a path or URL. A directory is made if need be.
 
     `durable=False` leaves out the waiting for the disk: for caches.
     """

@@ -22,11 +22,21 @@ from shared.storage import TEMPORARY, Entry, translated, write_all
 
 class LocalStorage:
     """A directory. Several processes and machines may share it, if its file system has hard
-    links and locks."""
+    links and locks.
+
+    It may be a mounted one, which is away now and then: then there is no root, or an empty
+    one. Hence the root is made at once, what was found below it once must stay, and what is
+    absent without them raises `Unavailable`. Not so with `durable=False`: a cache may be emptied.
+    """
 
     def __init__(self, root: str, *, durable: bool = True) -> None:
         self.root = os.path.abspath(root)
         self.durable = durable
+        self._seen: set[str] = set()
+        """The root, and the folders right below it in which something was found."""
+        with contextlib.suppress(OSError):  # whoever uses it is told
+            self.make_folder(self.root)
+            self._saw(self.root)
 
     def __repr__(self) -> str:
         return f"LocalStorage({self.root!r})"
@@ -36,7 +46,7 @@ class LocalStorage:
 
     @translated()
     def read(self, path: str) -> bytes:
-        with open(self.local_path(path), "rb") as file:
+        with self._looking(path), open(self.local_path(path), "rb") as file:
             return file.read()
 
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
@@ -48,17 +58,48 @@ class LocalStorage:
 
     @translated()
     def open(self, path: str) -> BinaryIO:
-        return open(self.local_path(path), "rb")
+        with self._looking(path):
+            return open(self.local_path(path), "rb")
 
     @translated()
     def entry(self, path: str) -> Entry:
-        return _entry(path, os.stat(self.local_path(path)))
+        with self._looking(path):
+            return _entry(path, os.stat(self.local_path(path)))
 
     @translated()
     def find(self, prefix: str, depth: int, filename: str | None = None) -> list[Entry]:
         found: list[Entry] = []
         self._find(prefix, depth, filename, found)
+        # Afterwards: it may have gone in the middle, and then this is a part of what there is.
+        self._check_there(prefix)
+        if found:
+            self._saw(self._top(prefix))
         return found
+
+    def _saw(self, folder: str) -> None:
+        if self.durable:
+            self._seen.add(folder)
+
+    def _top(self, path: str) -> str:
+        return self.local_path(path.partition("/")[0])
+
+    @contextlib.contextmanager
+    def _looking(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            self._check_there(path)
+            raise
+        if "/" in path:
+            self._saw(self._top(path))
+
+    def _check_there(self, path: str) -> None:
+        """Raises `Unavailable` when the folders are away in which `path` would be."""
+        if self.durable and not os.path.isdir(self.root):
+            raise _away(self.root)
+        top = self._top(path)
+        if top in self._seen and not os.path.isdir(top):
+            raise _away(top)
 
     def _find(self, folder: str, depth: int, filename: str | None, found: list[Entry]) -> None:
         # Folders may vanish while we look: another process removes a model.
@@ -155,6 +196,8 @@ class LocalStorage:
         """`makedirs`, with every new folder's name on the disk before we go on."""
         if os.path.isdir(path):
             return
+        if path in self._seen:
+            raise _away(path)  # a second repository in its place would hide the first
         parent = os.path.dirname(path)
         self.make_folder(parent)
         with contextlib.suppress(FileExistsError):
@@ -225,6 +268,10 @@ class LocalStage:
 
     def discard(self) -> None:
         self._abandon()
+
+
+def _away(folder: str) -> Unavailable:
+    return Unavailable(f"the repository cannot be used: its folder {folder} is away")
 
 
 def _abandon(handle: int, path: str) -> None:

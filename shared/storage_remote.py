@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -22,6 +23,8 @@ _WHOLE_OBJECTS: Final = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl",
 _UPLOAD_BYTES: Final = 1 << 20
 _creating: Final = threading.Lock()
 """Not every service can create exclusively; threads of one process at least take turns."""
+_translated: Final = functools.partial(translated, Exception)
+"""Each service has its driver, and each driver exceptions of its own."""
 
 
 class RemoteStorage:
@@ -44,11 +47,11 @@ class RemoteStorage:
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}"
 
-    @translated()
+    @_translated()
     def read(self, path: str) -> bytes:
         return cast("bytes", self._fs.cat_file(self._full(path)))
 
-    @translated()
+    @_translated()
     def read_many(self, paths: Iterable[str]) -> dict[str, bytes]:
         wanted = {self._full(path): path for path in paths}
         if not wanted:
@@ -62,21 +65,21 @@ class RemoteStorage:
             contents[wanted[full]] = data
         return contents
 
-    @translated()
+    @_translated()
     def open(self, path: str) -> BinaryIO:
         if self._shared_handles:
             # fsspec's memory files are one object for all readers, position included.
             return io.BytesIO(self._fs.cat_file(self._full(path)))
-        return cast("BinaryIO", self._fs.open(self._full(path), "rb"))
+        return cast("BinaryIO", _Reader(self._fs.open(self._full(path), "rb")))
 
-    @translated()
+    @_translated()
     def entry(self, path: str) -> Entry:
         info = self._fs.info(self._full(path))
         if info.get("type") == "directory":
             raise FileNotFoundError(path)
         return _entry(path, info)
 
-    @translated()
+    @_translated()
     def find(self, prefix: str, depth: int, filename: str | None = None) -> list[Entry]:
         # One flat listing: with a depth, fsspec would ask for every folder on its own.
         base = self._full(prefix)
@@ -92,18 +95,18 @@ class RemoteStorage:
                 entries.append(_entry(f"{prefix}/{'/'.join(inner)}", info))
         return entries
 
-    @translated()
+    @_translated()
     def stage(self) -> RemoteStage:
         return RemoteStage(self)
 
-    @translated()
+    @_translated()
     def create(self, path: str, data: bytes) -> None:
         full = self._full(path)
         with _creating:
             self.make_folder(full)
             self._fs.pipe_file(full, data, mode="create")
 
-    @translated()
+    @_translated()
     def replace(self, path: str, data: bytes) -> None:
         self.make_folder(self._full(path))
         self._fs.pipe_file(self._full(path), data)
@@ -111,11 +114,11 @@ class RemoteStorage:
     def touch(self, path: str) -> None:
         self.entry(path)
 
-    @translated()
+    @_translated()
     def remove(self, path: str) -> None:
         self._fs.rm_file(self._full(path))
 
-    @translated()
+    @_translated()
     def remove_tree(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._full(path), recursive=True)
@@ -137,7 +140,7 @@ class RemoteStorage:
         if not self._whole_objects:
             self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
 
-    @translated()
+    @_translated()
     def upload(self, source: BinaryIO, path: str) -> None:
         """Gives the bytes of `source` the name `path`, whole or not at all."""
         full = self._full(path)
@@ -164,6 +167,37 @@ class RemoteStorage:
             raise
 
 
+class _Reader(io.RawIOBase):
+    """A file that is read over the network, whose driver fails later than at its opening. It has
+    a buffer of its own, so there is none here."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    @_translated()
+    def read(self, size: int | None = -1, /) -> bytes:
+        return cast("bytes", self._file.read(-1 if size is None else size))
+
+    @_translated()
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return cast("int", self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return cast("int", self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            with contextlib.suppress(Exception):  # nothing was written
+                self._file.close()
+        super().close()
+
+
 class RemoteStage:
     """Bytes wait in a nameless file on this machine until their name, a checksum, is known:
     renaming in a bucket means copying, and what is there already need not travel."""
@@ -175,12 +209,12 @@ class RemoteStage:
         self._handle = handle
         self._abandon = weakref.finalize(self, os.close, handle)
 
-    @translated()
+    @_translated()
     def write(self, data: bytes | memoryview) -> None:
         write_all(self._handle, data)
 
     def publish(self, path: str) -> None:
-        with translated(), open(self._handle, "rb", closefd=False) as source:
+        with _translated(), open(self._handle, "rb", closefd=False) as source:
             source.seek(0)
             self._storage.upload(source, path)
         self.discard()

@@ -6,11 +6,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from roost.client import translate_error
+from shared import v2
 from shared.errors import InvalidRequest, Unavailable
+from shared.names import HEADER_LENGTH
+from shared.tensors import Tensor, split_bytes, to_numpy
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], url: str) -> None:
@@ -58,8 +62,38 @@ def run(arguments: argparse.Namespace) -> int:
         ) from error
     if answer.status_code != httpx.codes.OK:
         raise translate_error(answer)
-    print(json.dumps(answer.json(), indent=2))
+    length = v2.parse_header_length(answer.headers.get(HEADER_LENGTH))
+    shown = answer.json() if length is None else readable(answer.content, length)
+    print(json.dumps(shown, indent=2))
     return 0
+
+
+def readable(body: bytes, header_length: int) -> dict[str, Any]:
+    """A response with raw tensors in the form of one without, for people: what JSON has no
+    form for becomes the next best (half floats as numbers, bytes as text)."""
+    response = v2.decode_response(body, header_length)
+    named = {"model_name": response.model_name, "model_version": response.model_version}
+    optional = {"id": response.id, "parameters": response.parameters}
+    return {
+        **named,
+        **{key: value for key, value in optional.items() if value},
+        "outputs": [
+            {
+                "name": tensor.name,
+                "datatype": tensor.datatype,
+                "shape": list(tensor.shape),
+                "data": _values(tensor),
+            }
+            for tensor in response.outputs
+        ],
+    }
+
+
+def _values(tensor: Tensor) -> list[Any]:
+    if tensor.datatype == "BYTES":
+        return [item.decode(errors="replace") for item in split_bytes(tensor.data)]
+    values: list[Any] = to_numpy(tensor).ravel().tolist()
+    return values
 
 
 def _input(text: str, known: dict[str, dict[str, object]]) -> dict[str, object]:

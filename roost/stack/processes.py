@@ -7,9 +7,11 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
+from roost.local import MissingService
 from roost.local.ports import free_ports
 from roost.local.process import OwnedProcess, ServiceFailed, tail
 from roost.local.rabbit import RabbitNode
@@ -28,6 +30,32 @@ _KEPT_ENVIRONMENT = (
 )  # fmt: skip
 
 
+class Node(Protocol):
+    """A private broker or store."""
+
+    @property
+    def running(self) -> bool: ...
+
+    def start(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+def revive(name: str, node: Node) -> bool:
+    """Starts a node that has ended again, on the same ports and data. Blocks. False when there
+    was nothing to do; raises `StackFailed` when it does not start."""
+    if node.running:
+        return False
+    log.warning("node_ended", node=name)
+    node.kill()  # what is left of it: RabbitMQ's epmd would keep its port
+    try:
+        node.start()
+    except (ServiceFailed, MissingService) as error:
+        raise StackFailed(f"{name} ended and did not start again: {error}") from error
+    log.info("node_started_again", node=name)
+    return True
+
+
 class ProcessStack:
     """Private RabbitMQ and Redis, one placer, one gateway, N workers, each a process of ours."""
 
@@ -36,6 +64,7 @@ class ProcessStack:
         self._logs = config.data_dir / "logs"
         self._rabbit: RabbitNode | None = None
         self._redis: RedisNode | None = None
+        self._reviving: asyncio.Future[bool] | None = None
         self._services: dict[str, tuple[OwnedProcess, dict[str, str]]] = {}
         self._workers: list[str] = []
         self.gateway_url = ""
@@ -106,6 +135,13 @@ class ProcessStack:
         pause_s = 0.5
         while True:
             await asyncio.sleep(pause_s)
+            for name, node in (("rabbitmq", self._rabbit), ("redis", self._redis)):
+                if node is None or node.running:
+                    continue
+                # Shielded: its thread cannot be stopped, so `close` waits for it.
+                self._reviving = asyncio.ensure_future(asyncio.to_thread(revive, name, node))
+                if await asyncio.shield(self._reviving):
+                    pause_s = min(pause_s * 2, 10.0)
             for name, (process, extra) in list(self._services.items()):
                 if process.returncode is not None:
                     log.warning("service_ended", service=name, returncode=process.returncode)
@@ -120,6 +156,8 @@ class ProcessStack:
         rest = [self._services.pop(name)[0] for name in order[-2:] if name in self._services]
         await asyncio.gather(*(asyncio.to_thread(p.stop, 40.0) for p in workers))
         await asyncio.gather(*(asyncio.to_thread(p.stop, 15.0) for p in rest))
+        if self._reviving is not None:
+            await asyncio.wait({self._reviving})
         for node in (self._redis, self._rabbit):
             if node is not None:
                 with contextlib.suppress(ServiceFailed):

@@ -25,6 +25,7 @@ from services.gateway.rpc import Rpc
 from services.gateway.status import Status
 from shared.blobs import check_digest
 from shared.errors import STATUS, InvalidRequest, RoostError, TooLarge, Unavailable
+from shared.logs import bound
 from shared.names import HEADER_CODE, check_name, check_version
 from shared.v2 import error_body
 
@@ -32,6 +33,7 @@ log = structlog.get_logger(__name__)
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Scope = MutableMapping[str, Any]
+Handler = Callable[[Request], Awaitable[Response]]
 
 _JSON: Final = (b"content-type", b"application/json")
 _CODE: Final = HEADER_CODE.encode()
@@ -39,6 +41,8 @@ _CODE: Final = HEADER_CODE.encode()
 _HTTP_ONLY: Final = {SlowBody.code: 408}
 _CONTROL_BODY_BYTES: Final = 1024 * 1024
 """JSON of the control routes: a model's description, a filter."""
+_SHOWN_CHARS: Final = 200
+"""Of a client's text, in a log line."""
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -55,6 +59,7 @@ class Gateway:
         metrics_route: BaseRoute,
     ) -> None:
         self._inference = inference
+        self._new_id = rpc.new_id
         control = Control(config, status, registry, rpc)
         self._router = Router(routes=[*control.routes(), metrics_route], redirect_slashes=False)
 
@@ -62,6 +67,23 @@ class Gateway:
         if scope["type"] != "http":
             await _refuse_other(scope, receive, send)
             return
+        target = _infer_target(scope)
+        if target is None or scope["method"] != "POST":
+            await self._guarded(scope, receive, send, target, "")
+            return
+        correlation_id = self._new_id()
+        # Some 4 µs; whatever is logged until the answer has gone out says whose it is.
+        with bound(model=target[0][:_SHOWN_CHARS], request_id=correlation_id):
+            await self._guarded(scope, receive, send, target, correlation_id)
+
+    async def _guarded(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        target: tuple[str, str | None] | None,
+        correlation_id: str,
+    ) -> None:
         started = False
 
         async def sending(message: MutableMapping[str, Any]) -> None:
@@ -70,13 +92,15 @@ class Gateway:
             await send(message)
 
         try:
-            target = _infer_target(scope)
             if target is None:
                 await self._control(scope, receive, sending)
             elif scope["method"] == "POST":
                 name, version = target
                 headers = dict(scope["headers"])
-                await _send(sending, await self._inference.answer(name, version, headers, receive))
+                answer = await self._inference.answer(
+                    name, version, headers, receive, correlation_id
+                )
+                await _send(sending, answer)
             else:
                 await _send(sending, Answer(405, error_body("Method Not Allowed"), [_JSON]))
         except ClientGone:
@@ -84,7 +108,8 @@ class Gateway:
         except RoostError as error:
             await _send_error(sending, error, started=started)
         except Exception:
-            log.exception("request_failed", method=scope["method"], path=scope["path"][:200])
+            path = scope["path"][:_SHOWN_CHARS]
+            log.exception("request_failed", method=scope["method"], path=path)
             fault = Answer(500, error_body("internal error; the gateway's log has it"), [_JSON])
             if not started:
                 await _send(sending, fault)
@@ -177,7 +202,7 @@ class Control:
     def routes(self) -> list[BaseRoute]:
         model, version = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
         stored = "/v2/repository/models/{name}"
-        table: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        table: list[tuple[str, str, Handler]] = [
             ("GET", "/v2/health/live", self.live),
             ("GET", "/v2/health/ready", self.ready),
             ("GET", "/v2", self.server),
@@ -189,14 +214,14 @@ class Control:
             ("GET", f"{version}/ready", self.model_ready),
             ("GET POST", "/v2/repository/index", self.index),
             ("HEAD", "/v2/repository/blobs/{digest}", self.find_blob),
-            ("PUT", "/v2/repository/blobs/{digest}", self.put_blob),
+            ("PUT", "/v2/repository/blobs/{digest}", self._counted(self.put_blob)),
             ("GET", stored, self.detail),
             ("DELETE", stored, self.remove),
-            ("POST", f"{stored}/versions", self.register),
-            ("PUT", f"{stored}/versions/{{version}}", self.register),
+            ("POST", f"{stored}/versions", self._counted(self.register)),
+            ("PUT", f"{stored}/versions/{{version}}", self._counted(self.register)),
             ("DELETE", f"{stored}/versions/{{version}}", self.remove),
         ]
-        paths: dict[str, dict[str, Callable[[Request], Awaitable[Response]]]] = {}
+        paths: dict[str, dict[str, Handler]] = {}
         for methods, path, handler in table:
             for method in methods.split():
                 paths.setdefault(path, {})[method] = handler
@@ -276,6 +301,13 @@ class Control:
         await self._registry.remove(*_model(request))
         return Response(status_code=204)
 
+    def _counted(self, handler: Handler) -> Handler:
+        async def counted(request: Request) -> Response:
+            with self._registry.counted():
+                return await handler(request)
+
+        return counted
+
     async def _body(self, request: Request) -> bytes:
         pieces = stream_body(
             request.receive,
@@ -292,7 +324,7 @@ class _IndexFilter(msgspec.Struct):
 _index_filters: Final = msgspec.json.Decoder(_IndexFilter)
 
 
-def _route(path: str, handlers: dict[str, Callable[[Request], Awaitable[Response]]]) -> Route:
+def _route(path: str, handlers: dict[str, Handler]) -> Route:
     async def endpoint(request: Request) -> Response:
         # Starlette adds HEAD to GET by itself.
         return await handlers.get(request.method, handlers.get("GET", _not_allowed))(request)

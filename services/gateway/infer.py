@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from services.gateway.body import ClientGone, Held, Receive, Rejected, read_body
 from services.gateway.config import GatewayConfig
@@ -72,10 +73,16 @@ class Inference:
         self._limits = v2.Limits(body_bytes=config.request_limit_bytes)
 
     async def answer(
-        self, name: str, version: str | None, headers: dict[bytes, bytes], receive: Receive
+        self,
+        name: str,
+        version: str | None,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        correlation_id: str,
     ) -> Answer:
         """The answer to one request. Raises `RoostError` for every refusal, and `ClientGone`
-        when there is nobody left to answer. `headers` are ASGI's: lower case, latin-1."""
+        when there is nobody left to answer. `headers` are ASGI's: lower case, latin-1. The
+        caller has bound model and request id for the log."""
         started = time.monotonic()
         model = ""  # as a metric's label: only what the registry knows
         code = "internal"
@@ -94,7 +101,7 @@ class Inference:
                 timeout_s=config.body_timeout_s,
             )
             # 3. Check: what cannot succeed ends here, before it costs a queue or a device.
-            call = self._checked(manifest, version, headers, body, started)
+            call = self._checked(manifest, version, headers, body, started, correlation_id)
             # 4. Admit.
             self._admit(model)
             # 5. Publish and await.
@@ -133,10 +140,13 @@ class Inference:
         headers: dict[bytes, bytes],
         body: bytes,
         started: float,
+        correlation_id: str,
     ) -> Call:
         header_length = v2.parse_header_length(headers.get(_LENGTH_KEY))
         raw_input = v2.raw_input_of(manifest) if header_length == 0 else None
         request = v2.decode_request(body, header_length, self._limits, raw_input=raw_input)
+        if request.id is not None:
+            bind_contextvars(request_id=request.id)  # the name by which the client will ask
         v2.check_inputs(request, manifest)
         if header_length == 0:
             # Workers need not know of raw requests: this one gets the header that it left out.
@@ -147,6 +157,7 @@ class Inference:
         if trace is not None and _TRACEPARENT.match(trace):
             forwarded["traceparent"] = trace.decode()
         return Call(
+            correlation_id=correlation_id,
             routing_key=manifest.name if version is None else manifest.id,
             body=body,
             header_length=header_length,

@@ -56,6 +56,13 @@ class Metrics:
             "Bytes of model files received and kept.",
             registry=self.registry,
         )
+        self._registrations = Counter(
+            "roost_gateway_registrations",
+            "Uploads of model files and registrations of versions, by error code (or ok, "
+            "client_closed).",
+            ("code",),
+            registry=self.registry,
+        )
         # Looking a child up by its labels costs more than counting; models are few and stay.
         self._request_children: dict[tuple[str, str], Counter] = {}
         self._latency_children: dict[str, Histogram] = {}
@@ -81,6 +88,10 @@ class Metrics:
 
     def uploaded(self, nbytes: int) -> None:
         self._uploads.inc(nbytes)
+
+    def registered(self, code: str) -> None:
+        """An upload or a registration ended."""
+        self._registrations.labels(code).inc()
 
     def forget(self, model: str) -> None:
         """The model was removed: its series go too."""

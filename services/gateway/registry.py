@@ -7,15 +7,17 @@ version that names it. Each can be repeated after a lost answer without harm.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 
 import msgspec
 import structlog
 
+from services.gateway.body import ClientGone
 from services.gateway.metrics import Metrics
 from shared.blobs import check_digest
 from shared.catalog import Catalog
-from shared.errors import InvalidRequest, Overloaded
+from shared.errors import InvalidRequest, Overloaded, RoostError
 from shared.models import Manifest, ModelSpec
 from shared.repository import Repository
 from shared.store.port import TOPIC_REGISTRY, Store, StoreUnavailable
@@ -59,6 +61,22 @@ class Registry:
         self._metrics = metrics
         self._upload_limit = upload_limit
         self._uploads = 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts how the upload or registration inside ends."""
+        code = "internal"
+        try:
+            yield
+            code = "ok"
+        except RoostError as error:
+            code = error.code
+            raise
+        except ClientGone:
+            code = "client_closed"
+            raise
+        finally:
+            self._metrics.registered(code)
 
     async def blob_size(self, digest: str) -> int | None:
         """None when there is no such file."""

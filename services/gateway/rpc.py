@@ -38,6 +38,8 @@ log = structlog.get_logger(__name__)
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One request as it goes to the broker."""
 
+    correlation_id: str
+    """Of `Rpc.new_id`."""
     routing_key: str
     body: bytes
     header_length: int | None
@@ -45,6 +47,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float
     """On the event loop's clock, seconds."""
     priority: int = 0
+    """AMQP's. Carried along only: neither the model queues nor the workers order by it."""
     headers: dict[str, HeaderValue] = {}
     """Further headers to pass on."""
 
@@ -84,6 +87,11 @@ class Rpc:
         """Whether a request can be sent and its answer received."""
         return self._broker.connected and self._consumer is not None and self._consumer.active
 
+    def new_id(self) -> str:
+        """A correlation id that no other call has, of whatever gateway."""
+        self._serial += 1
+        return f"{self._nonce}{self._serial:x}"
+
     async def call(self, call: Call) -> Message:
         """Publishes and awaits the reply, whatever it says.
 
@@ -96,13 +104,12 @@ class Rpc:
             raise DeadlineExceeded("the deadline had passed before the request was sent")
         if not self.ready:
             raise Unavailable("the message broker is not connected", retry_after_s=1)
-        self._serial += 1
-        correlation_id = f"{self._nonce}{self._serial:x}"
+        correlation_id = call.correlation_id
         reply: asyncio.Future[Message] = loop.create_future()
         self.pending.add(correlation_id, reply)
         timer = loop.call_at(call.deadline, self._expire, correlation_id)
         try:
-            await self._publish(call, correlation_id, remaining_s)
+            await self._publish(call, remaining_s)
             return await reply
         finally:
             timer.cancel()
@@ -110,7 +117,7 @@ class Rpc:
             if reply.done() and not reply.cancelled():
                 reply.exception()  # expired while publishing: that error says enough
 
-    async def _publish(self, call: Call, correlation_id: str, remaining_s: float) -> None:
+    async def _publish(self, call: Call, remaining_s: float) -> None:
         headers: dict[str, HeaderValue] = dict(call.headers)
         headers[HEADER_DEADLINE] = int((time.time() + remaining_s) * 1000)
         if call.header_length is not None:
@@ -119,7 +126,7 @@ class Rpc:
             body=call.body,
             headers=headers,
             reply_to=self.reply_queue,
-            correlation_id=correlation_id,
+            correlation_id=call.correlation_id,
             expiration_ms=max(int(remaining_s * 1000), 1),
             priority=call.priority or None,
         )

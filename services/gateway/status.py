@@ -27,9 +27,9 @@ EXTENSIONS: Final = (
     "binary_tensor_data",
     "model_configuration",
     "parameters",
-    "schedule_policy",
 )
-"""The protocol's extensions that are there, by the names that clients look for."""
+"""The protocol's extensions that are there, by the names that clients look for. Not
+`schedule_policy`: of its two, timeouts are honoured, but priorities are only carried along."""
 PLATFORM: Final = {"torchscript": "pytorch_libtorch"}
 _REPORTS_TTL_S: Final = 0.5
 """Pollers of readiness must not become load on the store."""

@@ -185,7 +185,7 @@ class Activator:
         )
         for refused in plan.refused:
             if not dry or refused.permanent:
-                self._metrics.refusals.labels(refused.refusal.reason).inc()
+                self._metrics.refusals.labels(refused.kind).inc()
                 self._knowledge.note("refused", manifest.id, why=str(refused.refusal))
             if refused.permanent:
                 raise from_code(refused.code, f"{manifest.id} cannot be placed: {refused.refusal}")

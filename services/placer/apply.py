@@ -60,9 +60,13 @@ class Applier:
             lock = self._model_locks[model] = asyncio.Lock()
         return lock
 
-    def forget_written(self) -> None:
-        """The store lost its content: everything is to be written again."""
-        self._written.clear()
+    def forget_written(self, worker: str | None = None) -> None:
+        """The store lost what was written for this worker, None for its whole content: that is
+        to be written again."""
+        if worker is None:
+            self._written.clear()
+        else:
+            self._written.pop(worker, None)
 
     def adopted(self, worker: str, models: frozenset[ModelId]) -> None:
         """That is what stands in the store for this worker."""

@@ -43,7 +43,7 @@ class Metrics:
         """Workers assigned by active model; asked when somebody scrapes, not in every cycle."""
         self.registry.register(_Bindings(self))
         self.refusals = counter(
-            "roost_placer_refusals", "Copies that could not be placed, by reason.", "reason"
+            "roost_placer_refusals", "Copies that could not be placed, by kind of reason.", "reason"
         )
         self.activations = counter("roost_placer_activations", "Models that became active.")
         self.evictions = counter("roost_placer_evictions", "Bindings that made room for others.")

@@ -77,8 +77,12 @@ class Recovery:
         if self.in_grace:
             reports = [*reports, *(known[worker] for worker in sorted(missing))]
         for report in reports:
-            if report.worker not in known:
+            before = known.get(report.worker)
+            if before is None:
                 await self._adopt(report)
+            elif before.incarnation != report.incarnation:
+                # Back before anybody missed it. If its end was orderly, its assignment is gone.
+                self._applier.forget_written(report.worker)
         return reports
 
     async def check_epoch(self) -> None:
@@ -122,13 +126,15 @@ class Recovery:
 
     async def _store_is_new(self) -> None:
         """The store lost its content. This placer has not: it writes everything again."""
-        self._epoch = await self._observer.epoch()
+        epoch = await self._observer.epoch()
         self._grace_until = self._knowledge.clock() + self._grace_s
-        log.warning("store_is_new", epoch=self._epoch)
+        log.warning("store_is_new", epoch=epoch)
         self._knowledge.note("the store lost its content", why="nothing moves for a while")
         for model in [*self._knowledge.active, *self._knowledge.retiring]:
             await self._store.add_active(model)
         self._applier.forget_written()
+        # Last: what a store that is away again interrupts is begun anew.
+        self._epoch = epoch
 
     async def _adopt(self, report: Report) -> None:
         """A worker that is new to this placer keeps what it is assigned, unless its models
@@ -148,7 +154,10 @@ class Recovery:
         for model in unknown:
             await self._store.add_active(model)
         await self._activate(unknown, "found bound")
-        knowledge.adopt(worker, keep, 0 if stored is None else stored.generation)
+        # After a loss of the store the worker may follow a higher generation than what stands
+        # there: a lower one would not be told from what it follows.
+        generation = max(report.generation, 0 if stored is None else stored.generation)
+        knowledge.adopt(worker, keep, generation)
         if stored is not None:
             self._applier.adopted(worker, frozenset(models))
 

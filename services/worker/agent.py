@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 import msgspec
 import structlog
@@ -25,9 +25,11 @@ from services.worker.core.events import (
     Fault,
     FetchFailed,
     FetchModel,
+    ForgetModel,
     GiveBack,
     ItemSettled,
     KeepProfile,
+    KillEngine,
     LoadModel,
     ModelFetched,
     Refuse,
@@ -42,13 +44,17 @@ from services.worker.metrics import Metrics
 from services.worker.reply import Replier
 from services.worker.report import Reporter
 from services.worker.runtime import Runtime
-from shared.errors import RoostError
+from services.worker.threads import in_thread
+from shared.errors import InvalidRequest, RoostError
+from shared.logs import bound
 from shared.models import ModelSpec, Profile
 from shared.names import ModelId, split_model_id
 from shared.repository import Repository
 from shared.tensors import Tensor, split_rows
 
 log = structlog.get_logger(__name__)
+
+_FETCHING_AT_ONCE: Final = 8
 
 
 class Agent:
@@ -75,6 +81,9 @@ class Agent:
         self._paths: dict[ModelId, str] = {}
         self._specs: dict[ModelId, ModelSpec] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._fetching = asyncio.Semaphore(_FETCHING_AT_ONCE)
+        self._batches: dict[int, RunBatch] = {}
+        """In the engine now; for the logs alone."""
 
     def tell(self, fact: Fact) -> None:
         """Something happened. What happens in one turn of the event loop is decided together,
@@ -120,10 +129,13 @@ class Agent:
             else:
                 self.emptied.clear()
 
-    async def finish(self) -> None:
-        """Waits for what was begun in the background."""
+    async def finish(self, timeout_s: float) -> None:
+        """Waits for what was begun in the background, so long, and gives up the rest."""
         if self._tasks:
-            await asyncio.wait(set(self._tasks))
+            _, late = await asyncio.wait(set(self._tasks), timeout=timeout_s)
+            for task in late:
+                log.info("task_given_up", task=task.get_name())
+                task.cancel()
 
     def drain(self) -> None:
         self.tell(DrainAsked())
@@ -134,8 +146,9 @@ class Agent:
         match fact:
             case wire.BatchRan():
                 self._metrics.compute_seconds.observe(fact.compute_s)
+                self._batches.pop(fact.batch, None)
             case wire.BatchFailed():
-                log.warning("batch_failed", code=fact.code, error=fact.message)
+                self._batch_failed(fact)
             case wire.ModelLoaded():
                 self._loaded(fact)
             case wire.LoadFailed():
@@ -148,10 +161,19 @@ class Agent:
                 log.warning("fetch_failed", model=fact.model, error=fact.message)
             case EngineLost():
                 self._metrics.engine_restarts.inc()
+                self._batches.clear()
             case ConsumerStarted():
                 log.debug("consumer_started", subscription=fact.subscription)
             case _:
                 pass
+
+    def _batch_failed(self, fact: wire.BatchFailed) -> None:
+        order = self._batches.pop(fact.batch, None)
+        if order is None:
+            return
+        asked = self.items.request_ids(order.items)
+        with bound(model=order.model, request_id=asked[0] if len(asked) == 1 else asked):
+            log.warning("batch_failed", code=fact.code, error=fact.message)
 
     def _loaded(self, fact: wire.ModelLoaded) -> None:
         manifest = self.core.state.get(fact.model).manifest
@@ -174,6 +196,7 @@ class Agent:
         match action:
             case RunBatch():
                 requests = [self.items[item].request for item in action.items]
+                self._batches[action.batch] = action
                 self.runtime.run_batch(action, requests)
                 self._metrics.batch_rows.observe(action.rows)
             case Answer():
@@ -184,7 +207,8 @@ class Agent:
                 self._metrics.given_back.inc()
                 self.replier.give_back(self.items[action.item])
             case Bury():
-                self.replier.bury(self.items[action.item], action.reason, action.fault)
+                held = self.items[action.item]
+                self.replier.bury(held, action.reason, action.fault or held.fault)
             case FetchModel():
                 self._begin(self._fetch(action.model), f"fetch {action.model}")
             case LoadModel():
@@ -201,6 +225,11 @@ class Agent:
                 self.consumers.stop(action.subscription)
             case CloseConsumer():
                 self.consumers.close(action.subscription)
+            case KillEngine():
+                self.runtime.kill(action.reason)
+            case ForgetModel():
+                self._paths.pop(action.model, None)
+                self._specs.pop(action.model, None)
             case KeepProfile():
                 self._begin(self._keep(action.model, action.profile), f"keep {action.model}")
             case TellPlacer():
@@ -215,8 +244,9 @@ class Agent:
         outputs = self.runtime.outputs(action.batch)
         try:
             parts = [outputs] if action.whole else _split(outputs, action.item_rows)
-        except ValueError as error:
-            # The model gave other rows than it got: nobody can tell which are whose.
+        except (ValueError, IndexError, InvalidRequest) as error:
+            # The model gave other rows than it got, or BYTES that are not: nobody can tell
+            # which are whose.
             fault = Fault("model_failed", f"the outputs do not match the batch: {error}")
             for item in action.items:
                 self.replier.refuse(self.items[item], fault)
@@ -239,11 +269,13 @@ class Agent:
             return ModelFetched(model, manifest, profile), path
 
         try:
-            fetched, self._paths[model] = await asyncio.to_thread(fetch)
+            async with self._fetching:
+                fetched, self._paths[model] = await in_thread(fetch, f"fetch {model}")
         except (RoostError, OSError) as error:
             self.tell(FetchFailed(model, str(error)))
         except Exception as error:
-            log.exception("fetch_failed", model=model)
+            with bound(model=model):
+                log.exception("fetch_failed")
             self.tell(FetchFailed(model, repr(error)))
         else:
             self.tell(fetched)
@@ -251,9 +283,10 @@ class Agent:
     async def _keep(self, model: ModelId, profile: Profile) -> None:
         profile = msgspec.structs.replace(profile, measured_at=time.time())
         try:
-            await asyncio.to_thread(self._repository.put_profile, model, profile)
+            await in_thread(lambda: self._repository.put_profile(model, profile), f"keep {model}")
         except (RoostError, OSError) as error:
-            log.warning("profile_not_kept", model=model, error=str(error))
+            with bound(model=model):
+                log.warning("profile_not_kept", error=str(error))
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -267,6 +300,7 @@ class Agent:
 
 
 def _split(outputs: list[Tensor], rows: tuple[int, ...]) -> list[list[Tensor]]:
-    """Each item's rows of every output. Raises `ValueError` when they do not add up."""
+    """Each item's rows of every output. Raises `ValueError` when they do not add up, and
+    `InvalidRequest` or `IndexError` when BYTES are malformed or fewer than their shape says."""
     pieces = [split_rows(tensor, rows) for tensor in outputs]
     return [[of_output[index] for of_output in pieces] for index in range(len(rows))]

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Final
 
 import structlog
-from prometheus_client import start_http_server
 
 from services.worker import devices, wire
 from services.worker.agent import Agent
@@ -18,6 +18,7 @@ from services.worker.consume import Consumers
 from services.worker.core.events import EngineStarted
 from services.worker.core.worker import WorkerCore
 from services.worker.follow import Follower
+from services.worker.http import Readiness, serving
 from services.worker.launch import Launch, launcher
 from services.worker.metrics import Metrics
 from services.worker.reply import Replier
@@ -26,13 +27,17 @@ from services.worker.runtime import Runtime
 from services.worker.telling import Teller
 from shared.broker.port import Broker
 from shared.connect import open_broker, open_store
+from shared.control import Report
 from shared.errors import RoostError
 from shared.repository import Repository
-from shared.store.port import Store
+from shared.store.port import Store, StoreUnavailable
 from shared.supervise import guard
 from shared.units import parse_bytes
 
 log = structlog.get_logger(__name__)
+
+_FINISH_S: Final = 2.0
+"""For the last profile to be written. A fetch takes as long as it takes, for nobody."""
 
 
 async def run(
@@ -63,8 +68,11 @@ async def run(
     core = WorkerCore(
         max_held_bytes=parse_bytes(config.max_held_bytes),
         max_bytes_under_way=parse_bytes(config.inbox_bytes) // 2,
+        batch_timeout_s=config.batch_timeout_s,
+        load_timeout_s=config.load_timeout_s,
     )
     agent = Agent(core, repository, config.cache, metrics)
+    readiness = Readiness(broker, config.report_ttl_s)
     teller = Teller(core, worker, uuid.uuid4().hex, budget, metrics, on_ready)
 
     def engine_started(started: wire.EngineStarted, pid: int) -> None:
@@ -84,12 +92,16 @@ async def run(
         )
         agent.tell(EngineStarted(given, started.device_kind))
 
+    def report_sent(report: Report) -> None:
+        readiness.sent(report)
+        teller.sent(report)
+
     agent.reporter = Reporter(
         store,
         teller.report,
         interval_s=config.report_interval_s,
         ttl_s=config.report_ttl_s,
-        on_sent=teller.sent,
+        on_sent=report_sent,
     )
     agent.runtime = Runtime(
         launch or launcher(device, budget, config.threads),
@@ -103,15 +115,24 @@ async def run(
     follower = Follower(store, worker, agent.tell)
     log.info("worker_starting", worker=worker, device=device, budget_bytes=budget)
 
+    async def start_store() -> None:
+        try:
+            await store.start()
+        except StoreUnavailable as error:
+            log.warning("store_unavailable", error=str(error))  # it is asked again and again
+
     async def keep_connected() -> None:
         # Beside the engine's start, which takes as long.
-        await asyncio.gather(broker.start(), store.start())
+        await asyncio.gather(broker.start(), start_store())
         async with asyncio.TaskGroup() as group:
             for task in (follower.listen, follower.follow, agent.reporter.run):
                 group.create_task(guard(task, task.__qualname__), name=task.__qualname__)
 
     try:
-        with _metrics_server(config, metrics):
+        with contextlib.ExitStack() as stack:
+            if config.metrics_port:
+                host, port = config.metrics_host, config.metrics_port
+                stack.enter_context(serving(host, port, metrics.registry, readiness))
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(guard(agent.run, "agent"), name="agent"),
@@ -135,13 +156,14 @@ async def _leave(
     began = time.monotonic()
     # 1. Nothing new: consumers are cancelled, what waits goes back, what runs is answered.
     agent.drain()
+    agent.replier.hurry()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(config.drain_grace_s):
             await agent.emptied.wait()
             await agent.replier.drained()
     # 2. What is held after the grace goes back to its queue with the consumers.
     await agent.consumers.close_all()
-    await agent.finish()
+    await agent.finish(_FINISH_S)
     # 3. Goodbye: the placer need not wait for the report to expire.
     control.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -151,19 +173,3 @@ async def _leave(
     # 4. The engine last: until now it had something to finish.
     await agent.runtime.close()
     log.info("drained", seconds=round(time.monotonic() - began, 3), left=len(agent.items))
-
-
-@contextlib.contextmanager
-def _metrics_server(config: WorkerConfig, metrics: Metrics) -> Iterator[None]:
-    if not config.metrics_port:
-        yield
-        return
-    server, thread = start_http_server(
-        config.metrics_port, addr=config.metrics_host, registry=metrics.registry
-    )
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

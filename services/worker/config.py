@@ -41,8 +41,13 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
     """A worker that is silent for so long counts as gone: a dozen reports may be lost."""
     drain_grace_s: float = 30.0
     """How long SIGTERM waits for batches under way; what is held then goes back to its queue."""
+    batch_timeout_s: float = 60.0
+    """A batch that runs longer, and twenty times longer than was measured, costs the engine its
+    life: no request waits so long. What hung is then tried alone, and buried if it hangs again."""
+    load_timeout_s: float = 300.0
+    """The same for a load: tens of gigabytes from a slow disk, and the warm-up."""
     publish_timeout_s: float = 5.0
-    """For the broker to confirm a reply; afterwards the request is given back."""
+    """For the broker to confirm a reply; afterwards it is sent again."""
     cache_dir: str = ""
     """Copies of files of a repository that is not a directory. Empty: below `data_dir`."""
     metrics_host: str = "127.0.0.1"
@@ -67,6 +72,8 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
             )
         if parse_bytes(self.inbox_bytes) < 32 << 20 or parse_bytes(self.outbox_bytes) < 32 << 20:
             raise ConfigError("ROOST_WORKER_INBOX_BYTES and _OUTBOX_BYTES: 32MiB at least")
+        if self.batch_timeout_s <= 0 or self.load_timeout_s <= 0:
+            raise ConfigError("ROOST_WORKER_BATCH_TIMEOUT_S and _LOAD_TIMEOUT_S: above 0")
         if not 0 < self.report_interval_s < self.report_ttl_s:
             raise ConfigError("ROOST_WORKER_REPORT_INTERVAL_S must be below ..._REPORT_TTL_S")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from services.worker.core.events import Fault, Item, ItemArrived, Kind
 from shared.broker.port import Delivery, Message
@@ -17,6 +18,8 @@ from shared.errors import InvalidRequest, RoostError
 from shared.models import ModelSpec
 from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId, reply_to_allowed
 from shared.v2 import InferRequest, check_inputs, decode_request, parse_header_length, timeout_us
+
+_NO_CORRELATION: Final = "no correlation_id"
 
 
 @dataclass(slots=True)
@@ -26,6 +29,8 @@ class Held:
     item: Item
     delivery: Delivery
     request: InferRequest
+    fault: Fault | None = None
+    """What is wrong with it; told to the asker, where there is one, even when it is buried."""
 
 
 class Items:
@@ -40,6 +45,10 @@ class Items:
 
     def __getitem__(self, item: int) -> Held:
         return self._held[item]
+
+    def request_ids(self, items: Iterable[int]) -> list[str | None]:
+        """Of those that are held."""
+        return [self._held[i].delivery.message.correlation_id for i in items if i in self._held]
 
     def settled(self, item: int) -> None:
         self._held.pop(item, None)
@@ -67,6 +76,9 @@ class Items:
                 rows = check_inputs(request, spec)
             except RoostError as error:
                 fault = Fault(error.code, str(error))
+        elif unanswerable == _NO_CORRELATION:
+            # Which of its requests it was we cannot tell the asker, but that there was one.
+            fault = Fault("invalid_argument", "a request needs a correlation_id")
         if fault is None and deadline is not None and deadline <= now:
             fault = Fault("deadline_exceeded", "its deadline had passed when it arrived")
         item = Item(
@@ -79,7 +91,7 @@ class Items:
             arrived=now,
             deadline=deadline,
         )
-        self._held[item.item] = Held(item, delivery, request)
+        self._held[item.item] = Held(item, delivery, request, fault)
         return ItemArrived(item, fault, unanswerable)
 
 
@@ -92,7 +104,7 @@ def _unanswerable(delivery: Delivery) -> str | None:
     if not reply_to_allowed(message.reply_to):
         return "reply_to is not a reply queue"
     if not message.correlation_id:
-        return "no correlation_id"
+        return _NO_CORRELATION
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import socket
 import sys
@@ -22,6 +23,7 @@ _KEPT: Final = (
     "PYTHONPATH", "VIRTUAL_ENV",
 )  # fmt: skip
 _KEPT_PREFIXES: Final = ("CUDA_", "NVIDIA_", "MALLOC_", "OMP_", "MKL_", "PYTORCH_", "TORCH_")
+_PR_SET_DUMPABLE: Final = 4
 _ROOT: Final = Path(__file__).parents[2]
 
 
@@ -39,6 +41,17 @@ class EngineProcess(Protocol):
 
 Launch = Callable[[socket.socket, Arena, Arena], Awaitable[EngineProcess]]
 """Starts an engine on its end of the control socket, the inbox and the outbox."""
+
+
+def hide_from_engines() -> None:
+    """Keeps this process's environment and memory, where the credentials are, from processes of
+    the same user: `/proc/<pid>/environ` and the like are root's from now on, and nobody may
+    attach. An engine does not inherit it, so that we can still measure its memory. Linux only,
+    and as far as it goes: root reads everything, so a worker should not run as root."""
+    if sys.platform == "linux":
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
+        if prctl is None or prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+            log.warning("environment_not_hidden")
 
 
 def engine_environment(threads: int) -> dict[str, str]:

@@ -1,16 +1,18 @@
 """Answers: published to the asker's reply queue, and only then acknowledged.
 
-What happens when publishing fails decides whether a request is lost: an asker whose queue is
-gone needs no answer (dropped, counted); when it is uncertain whether the answer arrived, the
-request is given back and runs again, since inference is pure and askers match replies by id.
+What happens when publishing fails decides whether a request is lost. An asker whose queue is
+gone needs no answer (dropped, counted). While the broker takes nothing, or does not say whether
+it did, the answer is kept and sent again: askers match replies by id, and computing it once more
+would not help. Only when nobody waits any longer, or the worker stops, is the request given back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final
 
 import structlog
 
@@ -18,7 +20,8 @@ from services.worker.core.events import Fault
 from services.worker.items import Held
 from services.worker.metrics import Metrics
 from shared.broker.port import Broker, HeaderValue, Message, QueueFull, Unroutable
-from shared.errors import STATUS, RoostError, TooLarge, from_code
+from shared.errors import STATUS, RoostError, TooLarge, Unavailable, from_code
+from shared.logs import bound
 from shared.names import (
     DIRECT_REPLY_PREFIX,
     HEADER_BATCH,
@@ -31,10 +34,14 @@ from shared.names import (
     reply_to_allowed,
     split_model_id,
 )
+from shared.supervise import Backoff
 from shared.tensors import Tensor
 from shared.v2 import encode_response, error_body
 
 log = structlog.get_logger(__name__)
+
+_PATIENCE_S: Final = 30.0
+"""For a broker that takes nothing, when the request has no deadline or it has passed already."""
 
 
 class Replier:
@@ -47,11 +54,16 @@ class Replier:
         metrics: Metrics,
         *,
         timeout_s: float,
+        patience_s: float = _PATIENCE_S,
     ) -> None:
+        """`timeout_s`: for the broker to confirm one try. `patience_s`: for all of them."""
         self._broker = broker
         self._settled = settled
         self._metrics = metrics
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._hurried = asyncio.Event()
+        self._away = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- the four ends of an item ---------------------------------------------------------
@@ -96,8 +108,13 @@ class Replier:
         """A dead letter first: if that fails, the message goes back, and nobody was told."""
         code = fault.code if fault else "dead_lettered"
         self._metrics.request(split_model_id(held.item.model)[0], code, late=False)
-        log.warning("dead_lettered", model=held.item.model, reason=reason)
+        with _bound(held):
+            log.warning("dead_lettered", reason=reason)
         self._begin(held, self._bury(held, reason, fault))
+
+    def hurry(self) -> None:
+        """The worker stops: what cannot be sent now is for another one."""
+        self._hurried.set()
 
     async def drained(self) -> None:
         """Returns when nothing is being sent."""
@@ -115,34 +132,71 @@ class Replier:
         try:
             await sending
         except RoostError as error:
-            log.warning("reply_failed", model=held.item.model, error=str(error))
             self._metrics.reply_failures.labels(error.code).inc()
+            with _bound(held):
+                log.warning("reply_failed", error=str(error))
             await held.delivery.requeue()
         except Exception:
-            log.exception("reply_failed", model=held.item.model)
+            with _bound(held):
+                log.exception("reply_failed")
             await held.delivery.requeue()
         finally:
             self._settled(held.item.item)
 
     async def _reply(self, held: Held, body: bytes, headers: dict[str, HeaderValue]) -> None:
         try:
-            await self._publish(held, body, headers)
+            await self._patiently(held, lambda: self._publish(held, body, headers))
         except TooLarge as error:
-            fault = Fault(error.code, str(error))
-            await self._publish(held, error_body(fault.message), _headers(fault))
+            await self._tell(held, Fault(error.code, str(error)))
         except (Unroutable, QueueFull) as error:
             # Nobody reads there any more: neither would the answer of a second run be read.
             self._metrics.reply_failures.labels(type(error).__name__.lower()).inc()
-            log.info("reply_unwanted", model=held.item.model, error=str(error))
+            with _bound(held):
+                log.info("reply_unwanted", error=str(error))
         await held.delivery.ack()
 
     async def _bury(self, held: Held, reason: str, fault: Fault | None) -> None:
-        await held.delivery.dead_letter(reason)
+        await self._patiently(held, lambda: held.delivery.dead_letter(reason))
         if fault is not None and reply_to_allowed(held.delivery.message.reply_to or ""):
             try:
-                await self._publish(held, error_body(fault.message), _headers(fault))
+                await self._tell(held, fault)
             except RoostError as error:
-                log.info("reply_unwanted", model=held.item.model, error=str(error))
+                with _bound(held):
+                    log.info("reply_unwanted", error=str(error))
+
+    async def _tell(self, held: Held, fault: Fault) -> None:
+        body, headers = error_body(fault.message), _headers(fault)
+        await self._patiently(held, lambda: self._publish(held, body, headers))
+
+    async def _patiently(self, held: Held, send: Callable[[], Awaitable[None]]) -> None:
+        """Sends, again and again while the broker is away. Raises its `Unavailable` once there
+        is no point in waiting: until the deadline, or for `patience_s` when that is no help (a
+        request given back because its deadline passed comes back at once)."""
+        began = time.monotonic()
+        deadline = held.item.deadline
+        until = deadline if deadline and deadline > began else began + self._patience_s
+        backoff: Backoff | None = None
+        while True:
+            try:
+                await send()
+            except Unavailable as error:
+                left = until - time.monotonic()
+                if left <= 0 or self._hurried.is_set():
+                    raise
+                self._note_away(error)
+            else:
+                self._away = False
+                return
+            backoff = backoff or Backoff(0.05, 2.0)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(backoff.next(), left)):
+                    await self._hurried.wait()
+
+    def _note_away(self, error: Unavailable) -> None:
+        """Once per outage: every reply under way finds out by itself."""
+        if not self._away:
+            log.warning("replies_wait", error=str(error))
+        self._away = True
 
     async def _publish(self, held: Held, body: bytes, headers: dict[str, HeaderValue]) -> None:
         asked = held.delivery.message
@@ -164,6 +218,11 @@ class Replier:
             mandatory=not asked.reply_to.startswith(DIRECT_REPLY_PREFIX),
             timeout_s=self._timeout_s,
         )
+
+
+def _bound(held: Held) -> contextlib.AbstractContextManager[None]:
+    """Names the request in what is logged inside. For the rare paths: it is not free."""
+    return bound(model=held.item.model, request_id=held.delivery.message.correlation_id)
 
 
 def _headers(fault: Fault) -> dict[str, HeaderValue]:

@@ -49,6 +49,8 @@ class _Life:
         self.process: EngineProcess | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.started: wire.EngineStarted | None = None
+        self.killed: str | None = None
+        """Why we ended it."""
 
     def send(self, command: wire.Command) -> None:
         if self.writer is not None and not self.writer.is_closing():
@@ -110,6 +112,16 @@ class Runtime:
         life.waiting.append((order, requests))
         self._hand_over(life)
 
+    def kill(self, reason: str) -> None:
+        """Ends the engine at once, and only it: `EngineLost` follows, then another engine."""
+        life = self._life
+        if life is None or life.process is None or life.writer is None:
+            return  # it is ending, or has not begun
+        life.killed = reason
+        life.process.kill()
+        # A process that a model left behind may hold the other end: do not wait for it.
+        life.writer.transport.abort()
+
     def outputs(self, batch: int) -> list[Tensor]:
         """Views into the outbox of a batch that ran, valid until `release`, even if the engine
         dies before."""
@@ -141,6 +153,7 @@ class Runtime:
             finally:
                 self._life = None
                 status = await asyncio.shield(life.end())
+            reason = life.killed or reason
             if self._stopping:
                 await asyncio.Event().wait()  # for whoever cancels this task
             log.error("engine_lost", reason=reason, status=status)

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 
 from shared.control import Assignment, Report
 from shared.names import ModelId
-from shared.store.port import StoreUnavailable
+from shared.store.port import ASSIGNMENT_TTL_S, StoreUnavailable
 
 
 class MemoryState:
     """What a Redis server would hold. `now` is monotonic seconds."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        now: Callable[[], float] = time.monotonic,
+        assignment_ttl_s: float = ASSIGNMENT_TTL_S,
+    ) -> None:
         self.now = now
+        self.assignment_ttl_s = assignment_ttl_s
         self.reachable = True
         """Tests set it to False: every call then raises `StoreUnavailable`."""
         self._last_fence = 0
@@ -33,6 +39,7 @@ class MemoryState:
         self.epoch = uuid.uuid4().hex
         self.reports: dict[str, tuple[float, Report]] = {}
         self.assignments: dict[str, Assignment] = {}
+        self.assignments_until: dict[str, float] = {}
         self.active: set[ModelId] = set()
         self.lease: tuple[str, int, float] | None = None
 
@@ -40,6 +47,19 @@ class MemoryState:
         """Higher than any before: the wall clock survives a flush, a counter does not."""
         self._last_fence = max(self._last_fence + 1, time.time_ns() // 1000)
         return self._last_fence
+
+    def assignment(self, worker: str) -> Assignment | None:
+        if self.assignments_until.get(worker, math.inf) <= self.now():
+            self.remove_assignment(worker)
+        return self.assignments.get(worker)
+
+    def remove_assignment(self, worker: str) -> None:
+        self.assignments.pop(worker, None)
+        self.assignments_until.pop(worker, None)
+
+    def renew_assignment(self, worker: str) -> None:
+        if self.assignment(worker) is not None:
+            self.assignments_until[worker] = self.now() + self.assignment_ttl_s
 
     def listen(self, topics: frozenset[str]) -> asyncio.Queue[str]:
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -70,9 +90,12 @@ class MemoryStore:
     async def put_report(self, report: Report, ttl_s: float) -> None:
         state = self._reach()
         state.reports[report.worker] = (state.now() + ttl_s, report)
+        state.renew_assignment(report.worker)
 
     async def remove_report(self, worker: str) -> None:
-        self._reach().reports.pop(worker, None)
+        state = self._reach()
+        state.reports.pop(worker, None)
+        state.remove_assignment(worker)
 
     async def reports(self) -> list[Report]:
         state = self._reach()
@@ -82,17 +105,19 @@ class MemoryStore:
 
     async def put_assignment(self, assignment: Assignment) -> bool:
         state = self._reach()
-        stored = state.assignments.get(assignment.worker)
-        if stored and (stored.fence, stored.generation) >= (
-            assignment.fence,
-            assignment.generation,
+        stored = state.assignment(assignment.worker)
+        if (
+            stored
+            and stored != assignment
+            and (stored.fence, stored.generation) >= (assignment.fence, assignment.generation)
         ):
-            return stored == assignment
+            return False
         state.assignments[assignment.worker] = assignment
+        state.renew_assignment(assignment.worker)
         return True
 
     async def assignment(self, worker: str) -> Assignment | None:
-        return self._reach().assignments.get(worker)
+        return self._reach().assignment(worker)
 
     async def hint(self, topic: str) -> None:
         self._reach().announce(topic)

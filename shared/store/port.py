@@ -2,8 +2,10 @@
 
 Laws that both implementations keep (tests/contract/test_store.py): a report vanishes `ttl_s`
 after its last writing; an assignment with a lower fence than the one stored is refused, and so
-is a lower generation under the same fence; of several holders at most one has the lease, and
-each acquisition has a higher fence than any before, also after the store lost everything.
+is a lower generation under the same fence; it goes with its worker, at the latest
+`ASSIGNMENT_TTL_S` after the last writing of it or of the worker's report; of several holders at
+most one has the lease, and each acquisition has a higher fence than any before, also after the
+store lost everything.
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ from typing import Protocol
 from shared.control import Assignment, Report
 from shared.errors import Unavailable
 from shared.names import ModelId
+
+ASSIGNMENT_TTL_S = 24 * 3600.0
+"""How long an assignment outlives the last that was heard of its worker, unless the store is
+opened with another time: long enough for an outage, and ids of workers are random by default,
+so without an end they would add up."""
 
 
 class StoreUnavailable(Unavailable):
@@ -29,7 +36,7 @@ class Store(Protocol):
     # reports: worker → placer
     async def put_report(self, report: Report, ttl_s: float) -> None: ...
     async def remove_report(self, worker: str) -> None:
-        """At a worker's orderly end."""
+        """At a worker's orderly end. Removes its assignment as well."""
 
     async def reports(self) -> list[Report]:
         """All that have not expired. Undecodable ones are left out and logged."""

@@ -4,7 +4,8 @@ Keys (all under one prefix; `{w:<id>}` keeps what one script touches in one clus
 
     <prefix>workers                  zset   worker → Unix ms until which its report counts
     <prefix>{w:<id>}:report          string a report, msgpack, with PX
-    <prefix>{w:<id>}:assignment      hash   fence, generation, body
+    <prefix>{w:<id>}:assignment      hash   fence, generation, body, with PEXPIRE: renewed by
+                                            each writing of it and of the worker's report
     <prefix>{pl}:lease               string holder, with PX
     <prefix>{pl}:fence               hash   last, holder
     <prefix>{pl}:active              set    model ids whose queues exist
@@ -34,7 +35,7 @@ from redis.backoff import NoBackoff
 from shared import control
 from shared.control import Assignment, Report
 from shared.names import ModelId
-from shared.store.port import StoreUnavailable
+from shared.store.port import ASSIGNMENT_TTL_S, StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -43,10 +44,11 @@ local fence = tonumber(redis.call('HGET', KEYS[1], 'fence') or '-1')
 local generation = tonumber(redis.call('HGET', KEYS[1], 'generation') or '-1')
 local f, g = tonumber(ARGV[1]), tonumber(ARGV[2])
 if f < fence or (f == fence and g < generation) then return 0 end
-if f == fence and g == generation then
-  return redis.call('HGET', KEYS[1], 'body') == ARGV[3] and 1 or 0
+if f == fence and g == generation and redis.call('HGET', KEYS[1], 'body') ~= ARGV[3] then
+  return 0
 end
 redis.call('HSET', KEYS[1], 'fence', ARGV[1], 'generation', ARGV[2], 'body', ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
 """
 
@@ -82,8 +84,11 @@ goes on with what is known, and asks again."""
 class RedisStore:
     """One service's access to the store. See `shared.store.port.Store` for the laws."""
 
-    def __init__(self, url: str, prefix: str = "roost:") -> None:
+    def __init__(
+        self, url: str, prefix: str = "roost:", assignment_ttl_s: float = ASSIGNMENT_TTL_S
+    ) -> None:
         self._prefix = prefix
+        self._assignment_ttl_ms = int(assignment_ttl_s * 1000)
         # redis-py's own retries are off: from_url and Redis() disagree on their number, and
         # every caller here has a loop that asks again anyway.
         options: dict[str, Any] = {
@@ -127,12 +132,13 @@ class RedisStore:
         ttl_ms = max(1, int(ttl_s * 1000))
         pipe = self._redis.pipeline(transaction=False)
         pipe.set(self._worker_key(report.worker, "report"), control.encode(report), px=ttl_ms)
+        pipe.pexpire(self._worker_key(report.worker, "assignment"), self._assignment_ttl_ms)
         pipe.zadd(self._key("workers"), {report.worker: int(time.time() * 1000) + ttl_ms})
         await self._call(pipe.execute())
 
     async def remove_report(self, worker: str) -> None:
         pipe = self._redis.pipeline(transaction=False)
-        pipe.delete(self._worker_key(worker, "report"))
+        pipe.delete(self._worker_key(worker, "report"), self._worker_key(worker, "assignment"))
         pipe.zrem(self._key("workers"), worker)
         await self._call(pipe.execute())
 
@@ -170,7 +176,12 @@ class RedisStore:
         stored = await self._call(
             self._put_assignment(
                 keys=[self._worker_key(assignment.worker, "assignment")],
-                args=[assignment.fence, assignment.generation, control.encode(assignment)],
+                args=[
+                    assignment.fence,
+                    assignment.generation,
+                    control.encode(assignment),
+                    self._assignment_ttl_ms,
+                ],
             )
         )
         return bool(stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,20 +13,40 @@ from shared.control import Assigned, Assignment, ModelReport, Report
 from shared.models import Footprint
 from shared.names import ModelId
 from shared.store.memory import MemoryState, MemoryStore
-from shared.store.port import Store, StoreUnavailable
+from shared.store.port import ASSIGNMENT_TTL_S, Store, StoreUnavailable
 from shared.store.redis import RedisStore
+
+SHORT_S = 0.3
 
 
 @pytest.fixture(params=["memory", "redis"])
 async def stores(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Store, Store]]:
     """Two services' accesses to the same store."""
+    async with opened(request, ASSIGNMENT_TTL_S) as pair:
+        yield pair
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def short_lived(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Store, Store]]:
+    """As `stores`, but assignments last for a moment only."""
+    async with opened(request, SHORT_S) as pair:
+        yield pair
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    request: pytest.FixtureRequest, assignment_ttl_s: float
+) -> AsyncIterator[tuple[Store, Store]]:
     pair: tuple[Store, Store]
     if request.param == "memory":
-        state = MemoryState()
+        state = MemoryState(assignment_ttl_s=assignment_ttl_s)
         pair = MemoryStore(state), MemoryStore(state)
     else:
         url = request.getfixturevalue("redis_url")
-        pair = RedisStore(url), RedisStore(url)
+        pair = (
+            RedisStore(url, assignment_ttl_s=assignment_ttl_s),
+            RedisStore(url, assignment_ttl_s=assignment_ttl_s),
+        )
     for store in pair:
         await store.start()
     yield pair
@@ -110,6 +131,40 @@ async def test_a_leaving_worker_takes_its_report_along(stores):
     await one.remove_report("w0")
     await one.remove_report("w0")
     assert await other.reports() == []
+
+
+async def test_a_leaving_worker_takes_its_assignment_along(stores):
+    """Ids are random by default: what is said to a worker that left would stay for ever."""
+    one, other = stores
+    await one.put_report(report(), 10)
+    await one.put_assignment(assignment(5, 1, "a/1"))
+    await one.remove_report("w0")
+    assert await other.assignment("w0") is None
+    assert await other.put_assignment(assignment(5, 1, "b/1")), "nothing older stands there"
+
+
+@pytest.mark.parametrize("renew", ["report", "assignment", "same assignment"])
+async def test_an_assignment_outlives_its_worker_by_a_while_only(short_lived, renew):
+    """It vanishes when nothing was heard of the worker for long, and stays as long as the
+    worker reports or the placer writes."""
+    one, other = short_lived
+    await one.put_assignment(assignment(5, 1, "a/1"))
+    began = time.monotonic()
+    generation = 1
+    while time.monotonic() - began < 2 * SHORT_S:
+        if renew == "report":
+            await one.put_report(report(), 10)
+        else:
+            generation += renew == "assignment"
+            assert await one.put_assignment(assignment(5, generation, "a/1"))
+        assert await other.assignment("w0") is not None
+        await asyncio.sleep(0.02)
+
+    async def gone() -> bool:
+        return await other.assignment("w0") is None
+
+    await until(gone)
+    assert await other.put_assignment(assignment(5, 1, "b/1")), "nothing older stands there"
 
 
 async def test_an_older_word_never_overwrites_a_newer_one(stores):

@@ -122,7 +122,6 @@ def cold(up: Up, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ("over", "reason"),
     [
         ({"reply_to": None}, "no reply_to"),
-        ({"correlation_id": None}, "no correlation_id"),
         ({"reply_to": "roost.model.doubler.1"}, "reply_to is not a reply queue"),
         ({"reply_to": "somebody.elses"}, "reply_to is not a reply queue"),
         ({"reply_to": None, "routing_key": "nobody"}, "no reply_to; not_found"),
@@ -143,6 +142,15 @@ async def test_who_cannot_be_answered_leaves_one_dead_letter(producer, over, rea
     queue = "roost.model.doubler.1" if known else names.UNROUTED
     assert letter.headers[names.HEADER_DEAD_QUEUE] == queue
     assert letter.body == sent["body"]
+
+
+async def test_without_a_correlation_id_there_is_a_letter_and_an_error(producer):
+    """The sender is told what is missing, though not of which message."""
+    await producer.send(correlation_id=None)
+    await producer.ends_as(letters=1, errors=1)
+    assert "no correlation_id" in producer.letters[0].headers[names.HEADER_DEAD_REASON]
+    assert producer.replies[0].headers[names.HEADER_CODE] == "invalid_argument"
+    assert "needs a correlation_id" in (error_message(producer.replies[0].body) or "")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import httpx
@@ -11,6 +13,7 @@ import pytest
 
 from roost.client import RoostClient
 from tests.e2e.running import Up
+from tests.e2e.steady import until
 
 SILERO = {
     "inputs": [
@@ -27,6 +30,21 @@ def test_a_pushed_model_answers(up):
     answer = json.loads(up.roost("infer", "doubler", "x=[[1, 2, 3.5]]").stdout)
     assert answer["outputs"][0]["data"] == [2, 4, 7]
     assert answer["outputs"][0]["name"] == "y"
+
+
+def test_a_binary_answer_is_printed_as_json(up, tmp_path):
+    """A request body that asks for raw tensors is answered with bytes; people read numbers."""
+    request = {
+        "parameters": {"binary_data_output": True},
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 100.5]}],
+    }
+    file = tmp_path / "request.json"
+    file.write_text(json.dumps(request))
+    answer = json.loads(up.roost("infer", "doubler", "--json", str(file)).stdout)
+    assert answer["model_name"] == "doubler"
+    assert answer["outputs"] == [
+        {"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [2, 201]}
+    ]
 
 
 def test_ls_says_where_a_model_is(up):
@@ -157,6 +175,31 @@ def test_ctrl_c_ends_all_that_up_started_and_nothing_else(tmp_path, up):
     assert other.stop() == 0
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
     assert httpx.get(f"{up.url}/v2/health/ready", trust_env=False).status_code == 200
+
+
+def test_a_broker_and_a_store_that_crash_are_started_again(up):
+    """`roost up` keeps its own RabbitMQ and Redis up, on the same ports; requests are answered
+    again without anybody's help."""
+    victims = [pid for pid in up.children() if _program(pid) in {"beam.smp", "redis-server"}]
+    assert len(victims) == 2
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+
+    def answered():
+        done = up.roost("infer", "doubler", "x=[[1]]", check=False)
+        return done.returncode == 0 and {_program(pid) for pid in up.children()} >= {
+            "beam.smp",
+            "redis-server",
+        }
+
+    until(answered, "requests are answered again", limit_s=90)
+
+
+def _program(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _push_simple(up: Up, folder: Path, name: str) -> None:

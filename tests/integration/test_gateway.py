@@ -8,9 +8,11 @@ import time
 import msgspec
 import numpy as np
 import pytest
+import structlog
 
 from shared import names
 from shared.broker.amqp import AmqpBroker
+from shared.broker.port import Message
 from shared.control import ModelReport, Report
 from shared.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, ModelNotFound
 from shared.models import Footprint, ModelSpec
@@ -323,6 +325,31 @@ async def test_stopping_answers_what_is_under_way(tmp_path):
         assert answer.json() == {"error": "the gateway is stopping"}
 
 
+async def test_what_is_logged_of_a_request_names_it(memory_rig):
+    """Model and request id, the client's own where there is one, stand in every line; and in
+    none after the answer."""
+    rig = memory_rig
+
+    async def garbled(worker, delivery):
+        message = Message(body=b"?", correlation_id=delivery.message.correlation_id)
+        await worker.reply(delivery, message)
+        await delivery.ack()
+
+    rig.worker.script = garbled
+    unnamed = {"inputs": JSON_BODY["inputs"]}
+    merge = structlog.contextvars.merge_contextvars
+    with structlog.testing.capture_logs(processors=[merge]) as lines:
+        assert (await rig.infer()).status_code == 500
+        assert (await rig.infer(unnamed)).status_code == 500
+    told = [(line["event"], line["model"], line["request_id"]) for line in lines]
+    correlation_id = rig.worker.seen[1].message.correlation_id
+    assert told == [
+        (event, "adder", request_id)
+        for request_id in ("r1", correlation_id)
+        for event in ("malformed_reply", "request_failed")
+    ]
+
+
 async def test_two_gateways_of_one_instance_name_share_no_answers(tmp_path):
     """A reply to an earlier start of the same instance is unknown, not somebody else's."""
     async with running(tmp_path, instance="pod-0") as rig:
@@ -414,7 +441,10 @@ async def test_tritonclient_works_unmodified(memory_rig):
             assert client.is_model_ready("adder")
             assert client.is_model_ready("adder", "1")
             assert not client.is_model_ready("absent")
-            assert client.get_server_metadata()["name"] == "roost"
+            server = client.get_server_metadata()
+            assert server["name"] == "roost"
+            # Nobody orders by priority: what is not kept must not be promised.
+            assert "schedule_policy" not in server["extensions"]
             metadata = client.get_model_metadata("adder")
             assert metadata["versions"] == ["1"]
             assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}]

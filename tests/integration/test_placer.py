@@ -8,14 +8,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
 from shared import names
 from shared.broker.memory import MemoryBroker
 from shared.connect import open_broker, open_store
 from shared.names import ModelId, model_queue
 from shared.store.memory import MemoryStore
-from shared.store.port import TOPIC_REGISTRY
-from tests.placer_rig import MB, Rig, memory_rig, until
+from shared.store.port import TOPIC_REGISTRY, StoreUnavailable
+from tests.placer_rig import MB, FakeWorker, Rig, memory_rig, until
 
 
 @pytest.fixture
@@ -140,6 +141,8 @@ async def test_a_model_larger_than_every_worker_is_refused_with_numbers(rig):
     reply = await rig.ask("huge")
     assert reply.headers[names.HEADER_CODE] == "unavailable"
     assert b"104,857,600 bytes, 10,485,760 are free" in reply.body
+    metrics = (await placer.get("/metrics")).text
+    assert 'roost_placer_refusals_total{reason="too_large"} 1.0' in metrics
     await rig.gone(model_queue(ModelId("huge/1")))
 
 
@@ -380,6 +383,88 @@ async def test_an_emptied_store_unloads_nothing(rig):
     assert all(consumer.active for consumer in closed)
     for name in ("a", "b", "c"):
         assert (await rig.ask(name)).body == f"{name}/1".encode()
+
+
+async def test_a_recovery_that_is_interrupted_is_begun_again(rig):
+    """The store comes back empty and is away again at once: nothing is forgotten over it."""
+
+    class Shaky(MemoryStore):
+        interruptions = 0
+
+        async def add_active(self, model: ModelId) -> None:
+            if self.interruptions:
+                self.interruptions -= 1
+                raise StoreUnavailable("away again")
+            await super().add_active(model)
+
+    for name in ("a", "b"):
+        rig.register(name)
+    await rig.start_worker("w1")
+    store = Shaky(rig.state)
+    await rig.start_placer(store=store)
+    for name in ("a", "b"):
+        await rig.ask(name)
+    store.interruptions = 2
+    rig.state.flush()
+    await until(lambda: not store.interruptions)
+    await until(lambda: rig.state.active == {"a/1", "b/1"})
+    await until(lambda: "w1" in rig.state.assignments)
+
+
+async def test_generations_go_on_after_store_and_placer_are_lost(rig):
+    """The new placer's first word is higher than what the worker follows, so that it can be told
+    from it."""
+    for name in ("a", "b", "c", "d"):
+        rig.register(name)
+    worker = await rig.start_worker("w1")
+    first = await rig.start_placer()
+    for name in ("a", "b", "c"):
+        await rig.ask(name)
+    before = worker.assignment
+    assert before.generation > 1
+    await first.kill()
+    rig.state.flush()
+    second = await rig.start_placer()
+    await until_workers(second, 1)
+    await rig.ask("d")
+    assert worker.assignment.fence > before.fence
+    assert worker.assignment.generation > before.generation
+    assert worker.bound == {"a/1", "b/1", "c/1", "d/1"}
+
+
+async def test_a_worker_that_is_back_before_it_was_missed_is_told_again(rig):
+    """Its orderly end took its assignment along; its next life gets it anew."""
+    rig.register("bert")
+    first = await rig.start_worker("w1")
+    await rig.start_placer()
+    await rig.ask("bert")
+    await first.die()
+    broker = rig.open_broker("w1 again")
+    await broker.start()
+    again = FakeWorker("w1", broker, rig.store, 10 * MB, MB)
+    rig.workers.append(again)
+    await rig.store.remove_report("w1")
+    await again.send_report()  # the twin in memory lets nobody look in between
+    again.start()
+    assert (await rig.ask("bert")).body == b"bert/1"
+    assert again.bound == {"bert/1"}
+
+
+async def test_a_registry_that_is_away_removes_nothing(rig, tmp_path):
+    """What is active stays so and is served, until the registry says otherwise."""
+    rig.register("bert")
+    worker = await rig.start_worker("w1")
+    placer = await rig.start_placer()
+    await rig.ask("bert")
+    await until(lambda: "bert" in routes(rig))
+    with structlog.testing.capture_logs() as logs:
+        (tmp_path / "models").rename(tmp_path / "away")
+        await rig.store.hint(TOPIC_REGISTRY)
+        await until(lambda: any(log["event"] == "registry_not_followed" for log in logs))
+    assert (await rig.ask("bert")).body == b"bert/1"
+    assert (await placer.get("/fleet")).json()["active_models"] == 1
+    assert worker.bound == {"bert/1"}
+    (tmp_path / "away").rename(tmp_path / "models")
 
 
 async def test_queues_are_found_after_store_and_placer_lost_everything(rig):

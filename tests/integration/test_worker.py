@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import pytest
 
+from roost.local.ports import free_ports
 from services.worker.app import run
 from services.worker.config import WorkerConfig
 from shared.broker.memory import MemoryBroker, MemoryExchange
@@ -64,7 +66,7 @@ def archive(padding: int) -> bytes:
 class Stage:
     """A worker, and everything around it that a test touches."""
 
-    def __init__(self, path: Path, budget: int) -> None:
+    def __init__(self, path: Path, budget: int, **over) -> None:
         self.exchange = MemoryExchange()
         self.state = MemoryState()
         self.store = MemoryStore(self.state)
@@ -73,6 +75,8 @@ class Stage:
         self.engine = FakeEngine()
         self.stop = asyncio.Event()
         self.replies: dict[str, Message] = {}
+        self.may_repeat = False
+        """Whether an answer may come twice."""
         self.config = WorkerConfig(
             worker_id="w0",
             device="cpu",
@@ -80,7 +84,7 @@ class Stage:
             repository_url=str(path / "repository"),
             data_dir=str(path),
             report_interval_s=0.05,
-            drain_grace_s=5.0,
+            **({"drain_grace_s": 5.0} | over),
         )
         self.worker_broker = MemoryBroker(self.exchange, "w0")
         self._ids = itertools.count(1)
@@ -145,6 +149,19 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
         await asyncio.sleep(0.005)
 
 
+def counting_publishes(broker: MemoryBroker) -> Callable[[], int]:
+    """How many have been tried since."""
+    publish, tried = broker.publish, 0
+
+    async def counted(*args, **kwargs) -> None:
+        nonlocal tried
+        tried += 1
+        await publish(*args, **kwargs)
+
+    broker.publish = counted
+    return lambda: tried
+
+
 def output(reply: Message) -> list[list[float]]:
     assert reply.headers[HEADER_CODE] == "ok", reply.body
     response = decode_response(reply.body, reply.headers.get(HEADER_LENGTH))
@@ -152,13 +169,17 @@ def output(reply: Message) -> list[list[float]]:
 
 
 @asynccontextmanager
-async def working(path: Path, budget: int = 1 << 20, *, real: bool = False) -> AsyncIterator[Stage]:
-    stage = Stage(path, budget)
+async def working(
+    path: Path, budget: int = 1 << 20, *, real: bool = False, store_is_up: bool = True, **over
+) -> AsyncIterator[Stage]:
+    stage = Stage(path, budget, **over)
+    stage.state.reachable = store_is_up
     await stage.broker.start()
     await stage.broker.declare_queue(REPLIES)
 
     def on_reply(delivery) -> None:
-        assert delivery.message.correlation_id not in stage.replies, "answered twice"
+        told_before = delivery.message.correlation_id in stage.replies
+        assert stage.may_repeat or not told_before, "answered twice"
         stage.replies[delivery.message.correlation_id] = delivery.message
 
     await stage.broker.consume(REPLIES, on_reply, prefetch=65535)
@@ -174,9 +195,11 @@ async def working(path: Path, budget: int = 1 << 20, *, real: bool = False) -> A
         )
     )
     stage.task = task
+    stage.ready = ready
     try:
-        async with asyncio.timeout(60):
-            await ready.wait()
+        if store_is_up:
+            async with asyncio.timeout(60):
+                await ready.wait()
         yield stage
     finally:
         stage.engine.gate.set()
@@ -294,7 +317,6 @@ async def test_bad_requests_are_told_why(tmp_path, over, code):
     [
         ({"reply_to": None}, "no reply_to"),
         ({"reply_to": "roost.model.other.1"}, "reply_to is not a reply queue"),
-        ({"correlation_id": None}, "no correlation_id"),
     ],
 )
 async def test_who_cannot_be_answered_is_dead_lettered(tmp_path, over, reason):
@@ -307,6 +329,19 @@ async def test_who_cannot_be_answered_is_dead_lettered(tmp_path, over, reason):
         await stage.send(model, [[1, 2]], **over)
         await until(lambda: letters)
         assert letters[0].message.headers[HEADER_DEAD_REASON] == reason
+        assert not stage.engine.batches
+
+
+async def test_without_a_correlation_id_there_is_a_dead_letter_and_an_error(tmp_path):
+    """Whoever sent it learns what is missing; the message is kept all the same."""
+    async with working(tmp_path) as stage:
+        model = stage.register("echo")
+        await stage.bound(model)
+        await stage.send(model, [[1, 2]], correlation_id=None)
+        reply = await stage.reply(None)
+        assert reply.headers[HEADER_CODE] == "invalid_argument"
+        assert "needs a correlation_id" in (error_message(reply.body) or "")
+        assert await stage.broker.depth(DEAD) == 1
         assert not stage.engine.batches
 
 
@@ -379,6 +414,42 @@ async def test_a_model_that_kills_engines_as_it_loads_is_kept_from_them(tmp_path
         assert len(stage.engine.lives) == 3
 
 
+async def test_a_model_whose_requests_kill_engines_is_quarantined(tmp_path):
+    """Two of them are buried, the third is told so; the others are served."""
+    async with working(tmp_path) as stage:
+        good, model = stage.register("good"), stage.register("crash")
+        await stage.bound(good, model)
+        sent = [await stage.send(model, [[666, 0]]) for _ in range(3)]
+        for correlation in sent:
+            assert (await stage.reply(correlation)).headers[HEADER_CODE] == "quarantined"
+        assert await stage.broker.depth(DEAD) == 2
+        assert output(await stage.ask(good, [[1, 2]])) == [[2, 4]]
+        lives = len(stage.engine.lives)
+        await stage.bound(good)
+        await stage.assign(good, model)
+        await until(lambda: any("quarantined" in (m.error or "") for m in stage.models()))
+        assert output(await stage.ask(good, [[1, 2]])) == [[2, 4]]
+        assert len(stage.engine.lives) == lives
+
+
+async def test_an_engine_that_hangs_is_ended(tmp_path):
+    """In a batch as in a load; when it no longer hangs, everything is answered."""
+    async with working(tmp_path, batch_timeout_s=0.2, load_timeout_s=0.2) as stage:
+        model, stuck = stage.register("slow"), stage.register("stuck")
+        await stage.bound(model)
+        stage.engine.gate.clear()
+        sent = await stage.send(model, [[1, 2]])
+        await until(lambda: stage.report().engine_restarts == 1)
+        stage.engine.gate.set()
+        assert output(await stage.reply(sent)) == [[2, 4]]
+        stage.engine.gate.clear()
+        await stage.assign(model, stuck)
+        await until(lambda: stage.report().engine_restarts == 2)
+        stage.engine.gate.set()
+        await stage.bound(model, stuck)
+        assert stage.engine.lives[0].task.done()
+
+
 async def test_an_engine_that_dies_is_replaced(tmp_path):
     """What was held is served by the next engine, or given back and taken again."""
     async with working(tmp_path) as stage:
@@ -448,14 +519,16 @@ async def test_what_was_measured_is_kept_for_the_next_worker(tmp_path):
         assert profile.measured_at > 0
 
 
-async def test_outputs_that_do_not_match_the_batch_are_nobody_s(tmp_path):
-    """A model that gives fewer rows than it got fails; no one gets another's row."""
+@pytest.mark.parametrize("how", ["short", "garbled", "hollow"])
+async def test_outputs_that_do_not_match_the_batch_are_nobody_s(tmp_path, how):
+    """A model fails that gives fewer rows than it got, or BYTES that are malformed or fewer than
+    their shape says; no one gets another's row."""
     async with working(tmp_path) as stage:
-        model, slow = stage.register("short"), stage.register("slow")
+        model, slow = stage.register(how), stage.register("slow")
         await stage.bound(model, slow)
         stage.engine.gate.clear()
         await stage.send(slow, [[0, 0]])
-        sent = [await stage.send(model, [[n, n]]) for n in range(2)]
+        sent = [await stage.send(model, [[n, n]]) for n in (1, 2)]
         await until(lambda: stage.model(model).held == 2)
         stage.engine.gate.set()
         for correlation in sent:
@@ -469,14 +542,79 @@ async def test_a_lost_broker_costs_no_request(tmp_path):
         model = stage.register("slow")
         await stage.bound(model)
         stage.engine.gate.clear()
+        stage.may_repeat = True
         sent = [await stage.send(model, [[n, n]]) for n in range(3)]
         await until(lambda: stage.model(model).held == 3)
         stage.worker_broker.lose()
         stage.engine.gate.set()
-        await until(lambda: stage.model(model).held == 0)
+        await until(lambda: sum(rows for _, rows in stage.engine.batches) == 3)
         stage.worker_broker.restore()
         for n, correlation in enumerate(sent):
             assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+
+
+async def test_an_alarm_of_the_broker_computes_nothing_twice(tmp_path):
+    """Answers are kept while the broker takes none, and sent when it does again."""
+    async with working(tmp_path) as stage:
+        model, slow = stage.register("echo"), stage.register("slow")
+        await stage.bound(model, slow)
+        stage.engine.gate.clear()
+        await stage.send(slow, [[0, 0]])
+        sent = [await stage.send(model, [[n, n]]) for n in range(3)]
+        await until(lambda: stage.model(model).held == 3)
+        tries = counting_publishes(stage.worker_broker)
+        stage.worker_broker.blocked = "memory"
+        stage.engine.gate.set()
+        await until(lambda: tries() > 12)
+        assert stage.model(model).held == 3
+        assert sum(rows for name, rows in stage.engine.batches if name == model) == 3
+        stage.worker_broker.blocked = None
+        for n, correlation in enumerate(sent):
+            assert output(await stage.reply(correlation)) == [[2 * n, 2 * n]]
+        assert sum(rows for name, rows in stage.engine.batches if name == model) == 3
+
+
+async def test_a_worker_that_stops_under_an_alarm_gives_its_requests_back(tmp_path):
+    """It does not wait out the alarm, nor its own grace: another worker may do better."""
+    async with working(tmp_path, drain_grace_s=60.0) as stage:
+        model = stage.register("echo")
+        await stage.bound(model)
+        stage.worker_broker.blocked = "disk"
+        sent = [await stage.send(model, [[n, n]]) for n in range(3)]
+        await until(lambda: sum(rows for _, rows in stage.engine.batches) == 3)
+        stage.stop.set()
+        async with asyncio.timeout(10):
+            await asyncio.wait([stage.task])
+        assert await stage.broker.depth(model_queue(model)) == len(sent)
+
+
+async def test_a_worker_may_start_before_the_store(tmp_path):
+    """It waits for it, as it does for the broker, and then serves."""
+    async with working(tmp_path, store_is_up=False) as stage:
+        await until(lambda: stage.engine.lives)
+        assert not stage.task.done()
+        stage.state.reachable = True
+        async with asyncio.timeout(10):
+            await stage.ready.wait()
+        model = stage.register("echo")
+        await stage.bound(model)
+        assert output(await stage.ask(model, [[1, 2]])) == [[2, 4]]
+
+
+async def test_readiness_is_told_over_http(tmp_path):
+    """Ready once a report with an engine is out; not while the broker takes nothing."""
+    (port,) = free_ports(1)
+    async with (
+        working(tmp_path, metrics_port=port) as stage,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+    ):
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "ready")
+        assert "roost_worker_info" in (await client.get("/metrics")).text
+        stage.worker_broker.blocked = "memory"
+        assert (await client.get("/readyz")).status_code == 503
+        stage.worker_broker.blocked = None
+        assert (await client.get("/readyz")).status_code == 200
 
 
 async def test_rabbitmq_and_redis_do_as_well_as_their_twins(tmp_path, amqp_url, redis_url):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,11 +33,13 @@ from services.worker.core.events import (
     Fault,
     FetchFailed,
     FetchModel,
+    ForgetModel,
     GiveBack,
     Item,
     ItemArrived,
     ItemSettled,
     KeepProfile,
+    KillEngine,
     LoadFailed,
     LoadModel,
     ModelEvicted,
@@ -75,9 +78,13 @@ class World(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = WorkerCore(max_held_bytes=60, max_bytes_under_way=40)
+        self.core = WorkerCore(
+            max_held_bytes=60, max_bytes_under_way=40, batch_timeout_s=4.0, load_timeout_s=5.0
+        )
         self.now = 100.0
         self.engine_up = False
+        self.condemned = False
+        self.registered = MANIFESTS
         self.fetching: list[ModelId] = []
         self.engine_work: list[LoadModel | EvictModel] = []
         self.on_device: dict[ModelId, int] = {}
@@ -106,6 +113,7 @@ class World(RuleBasedStateMachine):
                 self.fetching.append(action.model)
             case LoadModel():
                 assert self.engine_up
+                assert not self.condemned
                 self.engine_work.append(action)
             case EvictModel():
                 assert self.engine_up
@@ -120,6 +128,7 @@ class World(RuleBasedStateMachine):
                 del self.consumers[action.subscription]
             case RunBatch():
                 assert self.engine_up
+                assert not self.condemned
                 assert action.model in self.on_device
                 self.batches[action.batch] = action
             case Answer():
@@ -131,6 +140,14 @@ class World(RuleBasedStateMachine):
                 self.finish(action.item, "given back")
             case Bury():
                 self.finish(action.item, "buried")
+            case KillEngine():
+                assert self.engine_up
+                assert not self.condemned, "it is killed once"
+                assert self.batches or self.engine_work, "nothing hangs"
+                self.condemned = True
+            case ForgetModel():
+                assert action.model not in {m for m, _ in self.consumers.values()}
+                assert action.model not in self.on_device
             case KeepProfile() | TellPlacer():
                 pass
             case _:
@@ -168,9 +185,9 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.engine_up)
     @rule(really=st.sampled_from([False] * 4 + [True]))
     def engine_dies(self, really: bool) -> None:
-        if not really and not self.batches:
+        if not really and not self.batches and not self.condemned:
             return
-        self.engine_up = False
+        self.engine_up = self.condemned = False
         self.engine_work.clear()
         self.on_device.clear()
         self.batches.clear()
@@ -181,7 +198,15 @@ class World(RuleBasedStateMachine):
     @rule(ok=st.sampled_from([True] * 5 + [False]))
     def fetch_ends(self, ok: bool) -> None:
         model = self.fetching.pop(0)
-        self.tell(ModelFetched(model, MANIFESTS[model]) if ok else FetchFailed(model, "not found"))
+        fetched = ModelFetched(model, self.registered[model])
+        self.tell(fetched if ok else FetchFailed(model, "not found"))
+
+    @rule(model=st.sampled_from(MODELS))
+    def registered_anew(self, model: ModelId) -> None:
+        """Removed, and registered under the same name with another file."""
+        digest = f"sha256:{len(self.arrived):064}"
+        anew = msgspec.structs.replace(self.registered[model], digest=digest)
+        self.registered = self.registered | {model: anew}
 
     @precondition(lambda self: self.engine_work)
     @rule(how=st.sampled_from(["well", "well", "well", "well", "well", "larger", "badly", "full"]))
@@ -313,6 +338,10 @@ class World(RuleBasedStateMachine):
         assert self.core.empty, self.core
         assert self.done.keys() == self.arrived
         assert not self.consumers
+        self.assigned([], drain=False)
+        for model in self.core.state.models.values():
+            killer = model.load_deaths or model.buried or model.suspect
+            assert killer or model.id in self.on_device, "it is remembered for nothing"
 
     def _until_quiet(self) -> Iterator[int]:
         for step in range(2000):
@@ -323,6 +352,8 @@ class World(RuleBasedStateMachine):
 
     def _one_step(self) -> None:
         self.now += 0.01
+        if self.condemned:
+            self.engine_dies(really=True)
         for id_, (model, phase) in list(self.consumers.items()):
             if phase == "stopping":
                 self.consumers[id_] = (model, "stopped")

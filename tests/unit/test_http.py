@@ -1,11 +1,13 @@
 import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
+import structlog
 from prometheus_client import CollectorRegistry, Counter
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -240,15 +242,68 @@ async def test_a_refused_body_is_not_read_for_ever(monkeypatch: pytest.MonkeyPat
             await writer.wait_closed()
 
 
-async def test_beyond_max_connections_clients_are_told() -> None:
-    """The connection too many gets a 503, not a place in an unbounded crowd."""
-    async with served(max_connections=2) as server, httpx.AsyncClient() as client:
+async def test_beyond_max_connections_new_ones_are_closed_at_once() -> None:
+    """While all are busy, the connection too many gets nothing; the others are not disturbed."""
+    async with served(max_connections=1) as server, httpx.AsyncClient() as client:
         running = asyncio.create_task(client.get(f"{server.url}/wait"))
         await server.entered.wait()
-        async with httpx.AsyncClient() as another:
-            assert (await another.get(f"{server.url}/hello")).status_code == 503
+        with structlog.testing.capture_logs() as lines:
+            for _ in range(3):
+                with contextlib.suppress(ConnectionError):
+                    assert await talk(server.port, b"GET /hello HTTP/1.1\r\n\r\n") == b""
+        assert [line["event"] for line in lines] == ["connections_refused"], "no flood of lines"
         server.release.set()
         assert (await running).status_code == 200
+        again = await client.get(f"{server.url}/hello")
+        assert again.status_code == 200, "on the connection that is there already"
+
+
+async def test_idle_connections_make_way_for_new_ones() -> None:
+    """Whoever keeps every connection open and says nothing shuts nobody out: the one that was
+    idle for longest goes, the others stay usable."""
+    request = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with served(max_connections=3) as server:
+        silent = await asyncio.open_connection("127.0.0.1", server.port)
+        idle = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(2)]
+        for reader, writer in reversed(idle):
+            writer.write(request)
+            assert b"hello 0" in await reader.readuntil(b"hello 0")
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"{server.url}/hello")).text == "hello 0"
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(silent[0].read(), 5) == b""
+        for reader, writer in idle:
+            writer.write(request)
+            assert b"hello 0" in await reader.readuntil(b"hello 0")
+        for _, writer in (silent, *idle):
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+
+async def test_beyond_max_requests_clients_are_told() -> None:
+    """Requests under way are bounded apart from connections; the answer is JSON."""
+    async with served(max_requests=1) as server, httpx.AsyncClient() as client:
+        running = asyncio.create_task(client.get(f"{server.url}/wait"))
+        await server.entered.wait()
+        answer = await client.get(f"{server.url}/hello")
+        assert answer.status_code == 503
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.json() == {"error": "too many requests are under way"}
+        server.release.set()
+        assert (await running).status_code == 200
+        assert (await client.get(f"{server.url}/hello")).status_code == 200
+
+
+async def test_what_is_not_http_is_told_so_as_json() -> None:
+    """The server's own 400 has the form of all errors."""
+    async with served() as server:
+        head, _, body = (await talk(server.port, b"\x16\x03\x01 nonsense\r\n\r\n")).partition(
+            b"\r\n\r\n"
+        )
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in head
+    assert json.loads(body) == {"error": "Invalid HTTP request received."}
 
 
 async def test_metrics_come_in_the_form_that_is_asked_for() -> None:

@@ -678,6 +678,17 @@ def test_trouble_with_the_files_is_unavailable(tmp_path):
         Repository(str(tmp_path / "file" / "repository")).put_blob([b"data"])
 
 
+def test_a_repository_that_is_away_has_not_lost_its_models(local, root, tmp_path):
+    """Look-ups say `Unavailable`, never `ModelNotFound`, and go on when it is back."""
+    registered = local.register("m", 1, SPEC, put(local))
+    root.rename(tmp_path / "away")
+    for look in (local.manifests, lambda: local.manifest("m"), lambda: local.manifest("m", 1)):
+        with pytest.raises(Unavailable, match="is away"):
+            look()
+    (tmp_path / "away").rename(root)
+    assert local.manifests() == [registered] == [local.manifest("m", 1)]
+
+
 def test_a_url_that_cannot_be_opened_is_told_without_its_keys():
     """The message names the scheme; a URL may hold a secret."""
     with pytest.raises(InvalidRequest, match="nosuch URL") as caught:

@@ -1,7 +1,9 @@
 """How much of the fleet each model asks for, from counters in reports and depths of queues.
 
 Arrivals are counted per incarnation of a worker: a counter that starts again is no negative
-arrival, and what a worker counted before this placer first saw it is history, not a spike.
+arrival, and what a worker counted before this placer first saw it is history, not a spike. The
+same holds for each model: a worker leaves idle ones out and may bring them back, with its old
+counter or with a new one.
 Rates are moving averages over time, not over ticks, so that they mean the same at any tick.
 
 Backlog is to be worked off within half the model's latency target. A backlog that is gone
@@ -15,7 +17,7 @@ from collections.abc import Iterable, Mapping
 
 from services.placer.core.policy import Policy
 from services.placer.core.view import Demand
-from shared.control import Report
+from shared.control import ModelReport, Report
 from shared.names import ModelId
 
 SHORTEST_INTERVAL_S = 0.05
@@ -118,9 +120,7 @@ class DemandTracker:
             self._workers[report.worker] = _Worker(report, now)
             for model in report.models:
                 if model.model not in self._models:
-                    # Both times are the worker's own, so clocks need not agree.
-                    age = max(report.at - model.last_used, 0.0) if model.last_used else 0.0
-                    self._models[model.model] = _Model(now - age)
+                    self._models[model.model] = _Model(_last_used(model, report, now))
             return
         restarted = last.incarnation != report.incarnation
         if not restarted and report.seq == last.seq:
@@ -132,8 +132,16 @@ class DemandTracker:
             return
         counted = _Worker(report, now)
         for model in report.models:
-            before = 0 if restarted else last.arrived.get(model.model, 0)
-            arrivals = model.arrived - before if model.arrived >= before else model.arrived
+            if restarted or model.model in last.arrived:
+                before = 0 if restarted else last.arrived[model.model]
+                arrivals = model.arrived - before if model.arrived >= before else model.arrived
+            else:
+                # A new baseline. What the worker has in hand came since it last reported; what
+                # it has answered may be history, and one report too few does no harm.
+                arrivals = min(model.held, model.arrived)
+                used = _last_used(model, report, now)
+                kept = self._kept(model.model, used)
+                kept.last_active = max(kept.last_active, used)
             if arrivals:
                 counted.rates[model.model] = arrivals / elapsed
                 self._kept(model.model, now).last_active = now
@@ -176,3 +184,8 @@ class DemandTracker:
                 continue
             kept.fast += fast * (rate - kept.fast)
             kept.slow += slow * (rate - kept.slow)
+
+
+def _last_used(model: ModelReport, report: Report, now: float) -> float:
+    """On our clock. Both times are the worker's own, so clocks need not agree."""
+    return now - max(report.at - model.last_used, 0.0) if model.last_used else now

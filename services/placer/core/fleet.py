@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from services.placer.core.policy import Policy
@@ -10,12 +12,19 @@ from shared.fit import Refusal, fit, used_bytes
 from shared.models import Footprint
 from shared.names import ModelId
 
+Kind = Literal[
+    "no_room", "too_large", "failed_to_load", "no_worker", "leaving", "has_all", "overtaken"
+]
+"""Why not, in a word: for metrics, where a text with numbers or a model's own error would make
+series without end. `overtaken`: the fleet changed while it was planned."""
+
 
 class Refused(msgspec.Struct, frozen=True):
     """A copy that could not be placed."""
 
     model: ModelId
     refusal: Refusal
+    kind: Kind
     permanent: bool = False
     """No worker that is there can ever take it; waiting is in vain."""
     code: str = "unavailable"
@@ -211,7 +220,7 @@ class Fleet:
     def _refuse(self, facts: ModelView, closest: Refusal | None) -> Refused:
         model, workers = facts.model, self.view.workers.values()
         if not workers:
-            return Refused(model, Refusal("no worker is there"))
+            return Refused(model, Refusal("no worker is there"), "no_worker")
         too_large = {
             worker.worker: no
             for worker in workers
@@ -223,15 +232,16 @@ class Fleet:
         if len(impossible) == len(workers) and not self._holders.get(model):
             if failed:
                 error = Refusal(f"it failed to load: {failed[0].failed[model]}")
-                return Refused(model, error, permanent=True, code="model_failed")
-            return Refused(
-                model, max(too_large.values(), key=lambda no: no.free_bytes), permanent=True
-            )
+                return Refused(model, error, "failed_to_load", permanent=True, code="model_failed")
+            largest = max(too_large.values(), key=lambda no: no.free_bytes)
+            return Refused(model, largest, "too_large", permanent=True)
         if closest is not None:
-            return Refused(model, closest)
+            hopeless = closest in too_large.values()
+            return Refused(model, closest, "too_large" if hopeless else "no_room")
         if not any(worker.takes_new for worker in workers):
-            return Refused(model, Refusal("every worker is leaving or without its engine"))
-        return Refused(model, Refusal("every worker that can take it has it already"))
+            nobody = Refusal("every worker is leaving or without its engine")
+            return Refused(model, nobody, "leaving")
+        return Refused(model, Refusal("every worker that can take it has it already"), "has_all")
 
     def _score(self, worker: WorkerView, facts: ModelView) -> float:
         filled = 0.0

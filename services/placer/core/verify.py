@@ -28,7 +28,7 @@ def verify(plan: Plan, view: View) -> tuple[Plan, tuple[Refused, ...]]:
         if gone.model not in assigned.get(gone.worker, ()):
             continue
         if gone.idle and busy(gone.model):
-            refused.append(Refused(gone.model, Refusal("it is asked again")))
+            refused.append(Refused(gone.model, Refusal("it is asked again"), "overtaken"))
             continue
         assigned[gone.worker].discard(gone.model)
         unbind.append(gone)
@@ -37,7 +37,7 @@ def verify(plan: Plan, view: View) -> tuple[Plan, tuple[Refused, ...]]:
     for new in plan.bind:
         no = _refuse(view, assigned, new.model, new.worker)
         if no is not None:
-            refused.append(Refused(new.model, no))
+            refused.append(Refused(new.model, no, "overtaken"))
             continue
         assigned[new.worker].add(new.model)
         bind.append(new)

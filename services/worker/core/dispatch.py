@@ -36,6 +36,8 @@ EAGER_S = 0.003
 MAX_UNDER_WAY = 8
 MAX_TRIES = 3
 """Runs that end without anything said of the item, before it is refused."""
+OVERDUE = 20
+"""Times its estimate that a batch may take: a device that is shared slows down, not so much."""
 
 
 @dataclass(slots=True)
@@ -95,6 +97,10 @@ class Dispatch:
         queue.add(item)
         self._waiting[item.model] = queue
 
+    def forget(self, model: ModelId) -> None:
+        """Nothing of the model is held."""
+        self._queues.pop(model, None)
+
     def take_out(self, model: ModelId, entries: Iterable[Entry]) -> None:
         queue = self._queues[model]
         queue.remove(entries)
@@ -131,7 +137,7 @@ class Dispatch:
         return actions
 
     def _next_batch(self, now: float) -> Batch | None:
-        if not self._waiting or self._state.quiesce:
+        if not self._waiting or self._state.quiesce or self._state.condemned:
             return None
         if any(model.suspect for model in self._state.loading()):
             return None
@@ -195,6 +201,14 @@ class Dispatch:
                 first = min(first, now + in_s)
         return first if first < float("inf") else None
 
+    def batch_due(self, timeout_s: float) -> tuple[float, str] | None:
+        """When the batch that runs has taken too long, and what is to be said then."""
+        first = next(iter(self._running.values()), None)
+        if first is None:
+            return None
+        limit = max(timeout_s, OVERDUE * first.expected_s)
+        return self._began + limit, f"a batch of {first.model} was running for {limit:g} s"
+
     # --- back -----------------------------------------------------------------------------
 
     def ran(self, id_: int, compute_s: float, workspace_bytes: int, now: float) -> list[Action]:
@@ -249,6 +263,7 @@ class Dispatch:
                 actions.append(
                     Bury(entry.item.item, reason, Fault("quarantined", f"this request: {reason}"))
                 )
+                actions += self._state.buried(first.model)
             else:
                 kept.append(entry)
         self._put_back(first.model, kept)

@@ -214,6 +214,18 @@ class Bury(msgspec.Struct, frozen=True):
     fault: Fault | None = None
 
 
+class KillEngine(msgspec.Struct, frozen=True):
+    """End the engine at once, and nothing else. Answered by `EngineLost`."""
+
+    reason: str
+
+
+class ForgetModel(msgspec.Struct, frozen=True):
+    """The core knows nothing of it any more: nor need the effects."""
+
+    model: ModelId
+
+
 class KeepProfile(msgspec.Struct, frozen=True):
     """Write down beside the manifest what was measured."""
 
@@ -239,6 +251,8 @@ Action = (
     | Refuse
     | GiveBack
     | Bury
+    | KillEngine
+    | ForgetModel
     | KeepProfile
     | TellPlacer
 )
@@ -262,11 +276,13 @@ __all__ = [
     "Fault",
     "FetchFailed",
     "FetchModel",
+    "ForgetModel",
     "GiveBack",
     "Item",
     "ItemArrived",
     "ItemSettled",
     "KeepProfile",
+    "KillEngine",
     "Kind",
     "LoadFailed",
     "LoadModel",

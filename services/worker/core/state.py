@@ -9,6 +9,8 @@ Laws (`validate()` recomputes them):
 - Only a model that is not wanted, has no consumer and no unanswered item is evicted; the least
   recently used goes first, and nothing is evicted unless that makes the room that is needed.
 - A wanted model that is neither ready nor on its way has an `error` that says why, with numbers.
+- A model that killed engines too often is not loaded again until its file is another one.
+- Known is only what is wanted, fetched, on the device, consumed, held, or has killed an engine.
 """
 
 from __future__ import annotations
@@ -39,20 +41,28 @@ _RETRY_S = 2.0
 _RETRY_CAP_S = 300.0
 MAX_DEATHS = 2
 """Engines that one load, or one item, may kill before it is kept from them."""
+MAX_BURIED = 2
+"""Buried items of one model before it is kept from engines itself. One may be the request's own
+fault; at two it is the model's, and each has cost all its neighbours two reloads."""
 
 
 @dataclass(slots=True)
 class Model:
-    """One model as this worker knows it. Kept once known: its counters only grow."""
+    """One model as this worker knows it. Its counters only grow, until it is forgotten."""
 
     id: ModelId
     stage: Stage = "absent"
     manifest: Manifest | None = None
+    digest: str = ""
+    """Of the file that everything below was seen of; it outlasts the manifest."""
     measured: Measured = field(default_factory=lambda: Measured(0, None))
     error: str | None = None
     failures: int = 0
     retry_at: float = 0.0
+    load_began: float = 0.0
     load_deaths: int = 0
+    buried: int = 0
+    """Items that were buried, having killed engines."""
     suspect: bool = False
     """An engine died while it was loading: it loads with nothing beside it."""
     consumers: int = 0
@@ -71,6 +81,15 @@ class Model:
     def resident(self) -> bool:
         return self.stage in _RESIDENT
 
+    @property
+    def quarantined(self) -> str | None:
+        """Why it is kept from engines, however often it is assigned."""
+        if self.load_deaths >= MAX_DEATHS:
+            return f"quarantined: it ended {self.load_deaths} engines as it was loaded"
+        if self.buried >= MAX_BURIED:
+            return f"quarantined: {self.buried} of its requests ended {MAX_DEATHS} engines each"
+        return None
+
 
 class WorkerState:
     """The models of one worker against its budget."""
@@ -83,6 +102,9 @@ class WorkerState:
         self.overrun = False
         self.quiesce = False
         """A suspect load waits for the device to be quiet: no further batch should begin."""
+        self.condemned = False
+        """The engine hangs and is about to be killed: nothing is begun on it, or it would be
+        taken for what hung."""
         self.wanted: dict[ModelId, None] = {}
         self.models: dict[ModelId, Model] = {}
         self._resident: dict[ModelId, Model] = {}
@@ -127,7 +149,7 @@ class WorkerState:
         self.wanted = dict.fromkeys(models)
         for name in self.wanted.keys() - before.keys():
             model = self.get(name)
-            model.error, model.failures, model.retry_at = None, 0, now
+            model.error, model.failures, model.retry_at = model.quarantined, 0, now
             if model.stage == "absent":
                 model.manifest = None  # it may have been registered anew since
         for name in before.keys() - self.wanted.keys():
@@ -135,23 +157,28 @@ class WorkerState:
 
     def engine_started(self, budget_bytes: int, device_kind: str) -> None:
         self.engine_up = True
+        self.condemned = False
         self.budget_bytes = budget_bytes
         self.device_kind = device_kind
 
     def engine_lost(self, *, batch_running: bool) -> list[Action]:
         """Nothing is on the device any more. A load under way is a suspect; it is guilty
         when no batch ran beside it."""
-        self.engine_up = self.overrun = self.quiesce = False
+        self.engine_up = self.overrun = self.quiesce = self.condemned = False
         actions: list[Action] = []
         for model in self.residents():
             if model.stage == "loading":
                 model.suspect = True
                 model.load_deaths += not batch_running
-                if model.load_deaths >= MAX_DEATHS:
-                    actions += self._failed(model, "quarantined: it kills engines as it loads", 0)
-                    model.retry_at = float("inf")
+                actions += self._judge(model)
             self._move(model, "absent")
         return actions
+
+    def buried(self, name: ModelId) -> list[Action]:
+        """One of its items killed as many engines as one may."""
+        model = self.get(name)
+        model.buried += 1
+        return self._judge(model)
 
     def fetched(self, fact: ModelFetched) -> None:
         model = self.get(fact.model)
@@ -159,8 +186,13 @@ class WorkerState:
             return
         self._move(model, "absent")
         model.manifest = fact.manifest
-        if not model.measured.loaded:
+        anew = model.digest != fact.manifest.digest
+        if anew:
+            model.digest = fact.manifest.digest
+            model.load_deaths, model.buried, model.suspect = 0, 0, False
+        if anew or not model.measured.loaded:
             model.measured = Measured(fact.manifest.size_bytes, fact.profile)
+        model.error = model.quarantined
 
     def fetch_failed(self, name: ModelId, message: str, now: float) -> list[Action]:
         model = self.get(name)
@@ -212,7 +244,7 @@ class WorkerState:
     def reconcile(self, now: float, *, batches_running: bool, may_load: bool) -> list[Action]:
         """Towards having every wanted model on the device. Called after whatever changed it,
         and at `next_retry`."""
-        if not self.engine_up:
+        if not self.engine_up or self.condemned:
             return []
         actions: list[Action] = []
         self.quiesce = False
@@ -234,7 +266,7 @@ class WorkerState:
                 if model.suspect and (batches_running or self.loading()):
                     self.quiesce = True
                     break
-                actions.append(self._load(model))
+                actions.append(self._load(model, now))
             elif refusal is None or refusal.reason == _COMING:
                 break  # its room is on the way: nobody behind it takes that
             elif model.error != str(refusal):
@@ -245,7 +277,21 @@ class WorkerState:
     def next_retry(self, now: float) -> float | None:
         """When a failed model is tried again."""
         times = [m.retry_at for m in map(self.get, self.wanted) if m.stage == "absent"]
-        return min((at for at in times if now < at < float("inf")), default=None)
+        return min((at for at in times if at > now), default=None)
+
+    def load_due(self, timeout_s: float) -> tuple[float, str] | None:
+        """When the oldest load under way has taken too long, and what is to be said then."""
+        oldest = min(self.loading(), key=lambda model: model.load_began, default=None)
+        if oldest is None:
+            return None
+        return oldest.load_began + timeout_s, f"{oldest.id} was loading for {timeout_s:g} s"
+
+    def forget(self) -> list[ModelId]:
+        """Drops the models that nothing hangs on any more."""
+        gone = [model.id for model in self.models.values() if self._forgettable(model)]
+        for name in gone:
+            del self.models[name]
+        return gone
 
     def _move(self, model: Model, stage: Stage) -> None:
         model.stage = stage
@@ -256,7 +302,23 @@ class WorkerState:
 
     def _waiting(self, now: float) -> list[Model]:
         models = map(self.get, self.wanted)
-        return [m for m in models if m.stage == "absent" and m.retry_at <= now]
+        return [
+            m
+            for m in models
+            if m.stage == "absent"
+            and m.retry_at <= now
+            # What is quarantined is fetched, once per assignment: the file may be another one.
+            and (m.manifest is None or not m.quarantined)
+        ]
+
+    def _forgettable(self, model: Model) -> bool:
+        return (
+            model.stage == "absent"
+            and model.id not in self.wanted
+            and not model.consumers
+            and not model.held
+            and not (model.load_deaths or model.buried or model.suspect)
+        )
 
     def _evictable(self, model: Model) -> bool:
         return (
@@ -310,10 +372,10 @@ class WorkerState:
                 actions.append(TellPlacer(f"{victim.id}: {victim.error}"))
         return actions
 
-    def _load(self, model: Model) -> LoadModel:
+    def _load(self, model: Model, now: float) -> LoadModel:
         assert model.manifest is not None
         self._move(model, "loading")
-        model.error = None
+        model.error, model.load_began = None, now
         most = model.manifest.max_batch_size
         if model.manifest.stateful:
             warm: tuple[int, ...] = ()  # a run would change its state
@@ -326,6 +388,14 @@ class WorkerState:
     def _evict(self, model: Model) -> EvictModel:
         self._move(model, "evicting")
         return EvictModel(model.id)
+
+    def _judge(self, model: Model) -> list[Action]:
+        """Says so if the model is to be kept from engines from now on."""
+        why = model.quarantined
+        if why is None:
+            return []
+        model.error, model.suspect = why, False  # it is not tried again, alone or otherwise
+        return [TellPlacer(f"{model.id} failed: {why}")]
 
     def _failed(self, model: Model, message: str, now: float) -> list[Action]:
         model.retry_at = now + min(_RETRY_S * 2**model.failures, _RETRY_CAP_S)
@@ -368,6 +438,7 @@ class WorkerState:
         for model in self.models.values():
             assert not model.resident or self.engine_up, f"{model.id} without an engine"
             assert not model.resident or model.manifest is not None, model
+            assert not model.resident or not model.quarantined, model
             if model.stage == "evicting":
                 assert not model.consumers, model
                 assert not model.unanswered, model

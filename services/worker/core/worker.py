@@ -3,6 +3,7 @@
 Models (state.py), subscriptions (consumers.py) and batches (dispatch.py) meet here. Laws:
 - Every item that arrives is answered, refused, given back or buried, exactly once.
 - A model is consumed exactly while it is wanted, ready, not draining and not paused.
+- A batch or a load that takes too long costs the engine its life; then the suspects are tried.
 - What is held stays under `max_held_bytes`, but for what was on its way when that was reached.
 """
 
@@ -29,11 +30,13 @@ from services.worker.core.events import (
     Fact,
     Fault,
     FetchFailed,
+    ForgetModel,
     GiveBack,
     Item,
     ItemArrived,
     ItemSettled,
     KeepProfile,
+    KillEngine,
     LoadFailed,
     ModelEvicted,
     ModelFetched,
@@ -42,7 +45,7 @@ from services.worker.core.events import (
     StartConsumer,
     TellPlacer,
 )
-from services.worker.core.state import WorkerState
+from services.worker.core.state import Model, WorkerState
 from shared.control import ModelReport
 from shared.models import ModelSpec
 from shared.names import ModelId
@@ -62,6 +65,8 @@ class WorkerCore:
         max_held_bytes: int = 1 << 40,
         max_bytes_under_way: int = 1 << 40,
         max_loading: int = 1,
+        batch_timeout_s: float = 60.0,
+        load_timeout_s: float = 300.0,
     ) -> None:
         self.state = WorkerState(max_loading=max_loading)
         self.subscriptions = Subscriptions()
@@ -71,6 +76,8 @@ class WorkerCore:
         self.engine_restarts = 0
         self.held_bytes = 0
         self._max_held_bytes = max_held_bytes
+        self._batch_timeout_s = batch_timeout_s
+        self._load_timeout_s = load_timeout_s
         self._ending = False
         self._drain = False
         self._paused: set[ModelId] = set()
@@ -110,7 +117,8 @@ class WorkerCore:
         if self._unsettled:
             actions += self._let_go()
         self._count_answered(actions, now)
-        # 3. Hand over the batches whose turn it is.
+        # 3. Hand over the batches whose turn it is, unless the engine hangs.
+        actions += self._watch(now)
         actions += self.dispatch.next_batches(now)
         # 4. Bring the device, then the subscriptions, towards what is wanted.
         retry = self._next_retry is not None and self._next_retry <= now
@@ -123,12 +131,14 @@ class WorkerCore:
                 may_load=not self._ending and not self._isolation(),
             )
             actions += self._consume()
+            actions += self._forget()
             self._next_retry = self.state.next_retry(now)
         return actions
 
     def next_wakeup(self, now: float) -> float | None:
         """When `handle` is due even if nothing happens."""
-        times = (self.dispatch.next_wakeup(now), self._next_retry)
+        times = [self.dispatch.next_wakeup(now), self._next_retry]
+        times += [at for at, _ in self._dues()]
         return min((at for at in times if at is not None), default=None)
 
     def reports(self) -> tuple[ModelReport, ...]:
@@ -169,7 +179,7 @@ class WorkerCore:
                 return self.state.load_failed(fact, now)
             case ModelEvicted():
                 self.state.evicted(fact.model)
-                return []
+                return self._profile(fact.model)  # it may be forgotten now
             case ConsumerStarted():
                 started = self.subscriptions.started(fact.subscription)
                 return [TellPlacer(f"{started.model} bound")] if started else []
@@ -220,6 +230,8 @@ class WorkerCore:
             actions.append(Bury(item.item, fact.unanswerable))
         elif fact.fault is not None:
             actions.append(Refuse(item.item, fact.fault))
+        elif model.quarantined:
+            actions.append(Refuse(item.item, _kept_away(model)))
         else:
             self.dispatch.add(item, model.manifest or ModelSpec())
         return actions
@@ -286,14 +298,18 @@ class WorkerCore:
 
     def _let_go(self) -> list[Action]:
         """Gives back what waits for a model that is not coming (again): another worker may
-        run it. While a model is being loaded again, its suspects wait for that."""
+        run it, unless the model kills engines. While a model is being loaded again, its
+        suspects wait for that."""
         actions: list[Action] = []
         for name in self.dispatch.models_waiting():
             model = self.state.get(name)
             coming = name in self.state.wanted and not self._ending and model.error is None
             if model.stage != "ready" and not coming:
                 entries = list(self.dispatch.waiting(name))
-                actions += self._return(entries, model.error or "the model is no longer here")
+                back = self._return(entries, model.error or "the model is no longer here")
+                if model.quarantined:
+                    back = [Refuse(entry.item.item, _kept_away(model)) for entry in entries]
+                actions += back
         return actions
 
     def _engine_lost(self, fact: EngineLost) -> list[Action]:
@@ -304,6 +320,23 @@ class WorkerCore:
         actions = self.dispatch.engine_lost()
         actions += self.state.engine_lost(batch_running=batch_running)
         return [*actions, TellPlacer(f"engine lost: {fact.reason}")]
+
+    def _dues(self) -> list[tuple[float, str]]:
+        """When what the engine does now has taken too long, and why it is killed then."""
+        if self.state.condemned:
+            return []
+        dues = (
+            self.dispatch.batch_due(self._batch_timeout_s),
+            self.state.load_due(self._load_timeout_s),
+        )
+        return [due for due in dues if due is not None]
+
+    def _watch(self, now: float) -> list[Action]:
+        for at, reason in self._dues():
+            if at <= now:
+                self.state.condemned = True
+                return [KillEngine(reason)]
+        return []
 
     # --- towards what is wanted -----------------------------------------------------------
 
@@ -337,6 +370,12 @@ class WorkerCore:
             if isinstance(action, StartConsumer):
                 self.state.get(action.model).consumers += 1
         return actions
+
+    def _forget(self) -> list[Action]:
+        gone = self.state.forget()
+        for name in gone:
+            self.dispatch.forget(name)
+        return [ForgetModel(name) for name in gone]
 
     def _prefetch(self, name: ModelId) -> int:
         return prefetch_for(self.state.get(name).manifest or ModelSpec())
@@ -375,3 +414,7 @@ class WorkerCore:
             consumers = [s for s in self.subscriptions.all.values() if s.model == model.id]
             assert model.consumers == len(consumers), model
             assert model.unanswered == sum(i.item in self._unanswered for i in held), model
+
+
+def _kept_away(model: Model) -> Fault:
+    return Fault("quarantined", f"{model.id} is {model.quarantined}")

@@ -281,6 +281,20 @@ async def test_no_content_type_is_ever_wanted(tmp_path):
             assert (await rig.infer(headers=headers)).status_code == 200
 
 
+# --- the server's own refusals ---------------------------------------------------------------
+
+
+async def test_what_is_not_http_is_refused_as_json(rig):
+    """Also what never becomes a request is answered as {"error": …}."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(b"GET nowhere\r\n\r\n")
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert list(msgspec.json.decode(body)) == ["error"]
+    writer.close()
+    await writer.wait_closed()
+
+
 # --- the repository ------------------------------------------------------------------------
 
 
@@ -379,6 +393,29 @@ async def test_a_version_never_changes(rig):
 async def test_registrations_that_are_none(rig, body):
     """400: not JSON, a digest that is none or not there, an unknown or impossible setting."""
     refused(await rig.http.post("/v2/repository/models/new/versions", content=body), 400)
+
+
+async def test_uploads_and_registrations_are_counted_by_code(rig):
+    """Good ones and bad ones, so that an alert can tell a client that keeps failing."""
+
+    async def counts():
+        codes = ("ok", "invalid_argument", "already_exists", "too_large")
+        line = 'roost_gateway_registrations_total{{code="{}"}}'.format
+        return [await rig.metric(line(code)) for code in codes]
+
+    before = await counts()
+    one, other = torchscript(b"3" * 500), torchscript(b"4" * 500)
+    await put(rig, one)
+    await put(rig, other)
+    await put(rig, bytes(200_001))
+    await put(rig, one, digest_of(b"mismatch"))
+    url = "/v2/repository/models/counted/versions/1"
+    await rig.http.put(url, json=registration(one))
+    await rig.http.put(url, json=registration(other))
+    await rig.http.post("/v2/repository/models/counted/versions", content=b"{")
+    await rig.http.post("/v2/repository/models/-a/versions", json=registration(one))
+    gained = [after - old for after, old in zip(await counts(), before, strict=True)]
+    assert gained == [3, 3, 1, 1]
 
 
 async def test_names_and_versions_are_checked_when_registering(rig):

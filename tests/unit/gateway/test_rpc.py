@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 
 import pytest
 
@@ -56,7 +57,13 @@ async def rpc(broker):
 
 def request(seconds: float = 10.0) -> Call:
     deadline = asyncio.get_running_loop().time() + seconds
-    return Call(routing_key="bert", body=b"{}", header_length=None, deadline=deadline)
+    return Call(
+        correlation_id=uuid.uuid4().hex,
+        routing_key="bert",
+        body=b"{}",
+        header_length=None,
+        deadline=deadline,
+    )
 
 
 async def answer_all(broker, body=b"answer"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from services.placer.core.demand import DemandTracker
@@ -62,6 +63,34 @@ def test_history_before_the_first_look_is_no_spike():
     tracker.observe([report(1, 0.0, 1_000_000, seconds_per_item=0.01)], {}, 0.0)
     tracker.observe([report(2, 1.0, 1_000_000, seconds_per_item=0.01)], {}, 1.0)
     assert tracker.demand(A, 0, 0.1, 1.0).need == 0.0
+
+
+def absent(seq, at):
+    return msgspec.structs.replace(report(seq, at, 0), models=())
+
+
+def test_the_history_of_a_model_that_was_left_out_of_a_report_is_no_spike():
+    """Only what the worker holds of it has surely just arrived; from then on it is counted."""
+    tracker = DemandTracker(Policy(fast_tau_s=0.001))
+    tracker.observe([absent(1, 0.0)], {}, 0.0)
+    tracker.observe([report(2, 1.0, 10_001, held=1, last_used=0.9)], {}, 1.0)
+    assert tracker.demand(A, 0, 0.1, 1.0).rate_fast == pytest.approx(1)
+    tracker.observe([report(3, 2.0, 10_051)], {}, 2.0)
+    assert tracker.demand(A, 0, 0.1, 2.0).rate_fast == pytest.approx(50)
+
+
+def test_a_forgotten_model_counts_from_its_first_requests():
+    """Its worker restarts its counter: what is held counts, and tells when it was asked."""
+    tracker = DemandTracker(Policy(fast_tau_s=0.001))
+    tracker.observe([report(1, 0.0, 500)], {}, 0.0)
+    tracker.observe([absent(2, 100.0)], {}, 100.0)
+    tracker.observe([report(3, 101.0, 3, held=3, last_used=100.5)], {}, 101.0)
+    assert tracker.demand(A, 0, 0.1, 101.0).rate_fast == pytest.approx(3)
+    tracker.observe([absent(4, 200.0)], {}, 200.0)
+    tracker.observe([report(5, 201.0, 2, last_used=200.25)], {}, 201.0)
+    demand = tracker.demand(A, 0, 0.1, 201.0)
+    assert demand.rate_fast < 0.01
+    assert demand.last_active == pytest.approx(200.25)
 
 
 def test_a_restarted_worker_counts_from_zero():

@@ -282,6 +282,25 @@ def test_larger_than_every_device_is_permanent_unless_an_engine_is_still_startin
     assert (no.permanent, no.refusal.reason) == (False, "no worker is there")
 
 
+@pytest.mark.parametrize(
+    ("fleet", "kind"),
+    [
+        ([], "no_worker"),
+        ([worker("w1", budget=9)], "too_large"),
+        ([worker("w1", budget=9), worker("w2", budget=0, takes_new=False)], "too_large"),
+        ([worker("w1", "busy", budget=15)], "no_room"),
+        ([worker("w1", failed={ModelId("a/1"): "no zip at 0x7f3a"})], "failed_to_load"),
+        ([worker("w1", takes_new=False)], "leaving"),
+        ([worker("w1", "a", serves=False)], "has_all"),
+    ],
+)
+def test_every_no_is_of_a_kind(fleet, kind):
+    """A fixed word beside the text, which may hold numbers or a model's own error."""
+    models = [model("a", waiting=True), model("busy", held=1)]
+    [no] = place_one(view(fleet, models), ModelId("a/1"), POLICY).refused
+    assert no.kind == kind
+
+
 def test_an_estimate_gives_way_to_what_was_measured():
     """On this worker, on another of its kind, else by the worker's or the file's size."""
     known = model("a", waiting=True, size_bytes=10, known={"cpu": Footprint(150)})

@@ -6,6 +6,8 @@ the same regions. What a model does follows from its name and its input `x` (FP3
     oom…         out of memory above 4 rows
     broken…      cannot be loaded     deadly…  the engine dies while loading it
     slow…        waits for `gate`     short…   gives one row less than it got
+    garbled…     gives BYTES without their lengths     hollow…  BYTES without a single element
+    stuck…       loading it waits for `gate`
 """
 
 from __future__ import annotations
@@ -91,6 +93,8 @@ class Life:
                 self.engine.loads.append(command)
                 if command.model.startswith("deadly"):
                     raise EngineDiesError
+                if command.model.startswith("stuck"):
+                    await self.engine.gate.wait()
                 if command.model.startswith("broken"):
                     return wire.LoadFailed(command.model, "model_failed", "not a program")
                 self.models[command.model] = command.manifest
@@ -136,6 +140,9 @@ class Life:
         self.blocks[command.batch] = [offset]
         outputs[offset : offset + len(y.data)] = y.data
         out = wire.TensorRef("y", "FP32", y.shape, offset, len(y.data))
+        if name.startswith(("garbled", "hollow")):
+            size = len(y.data) if name.startswith("garbled") else 0
+            out = wire.TensorRef("y", "BYTES", y.shape, offset, size)
         return wire.BatchRan(command.batch, (out,), 0.001, 0)
 
 

@@ -21,6 +21,7 @@ from shared.units import parse_bytes
         ("WORKER_ID", "a/b"),
         ("INBOX_BYTES", "1MiB"),
         ("REPORT_INTERVAL_S", "9"),
+        ("LOAD_TIMEOUT_S", "0"),
         ("BUDGTE_BYTES", "1"),
     ],
 )

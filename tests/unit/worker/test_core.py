@@ -13,11 +13,15 @@ from services.worker.core.events import (
     EngineLost,
     EngineStarted,
     Fact,
+    FetchModel,
+    ForgetModel,
     GiveBack,
     Item,
     ItemArrived,
     ItemSettled,
+    KillEngine,
     LoadModel,
+    ModelEvicted,
     ModelFetched,
     ModelLoaded,
     Refuse,
@@ -32,6 +36,18 @@ from shared.names import model_id
 A, B = model_id("a", 1), model_id("b", 1)
 
 
+def fetched(model: str, digit: str = "0") -> ModelFetched:
+    manifest = Manifest(
+        name=model.partition("/")[0],
+        version=1,
+        digest="sha256:" + digit * 64,
+        size_bytes=10,
+        created_at=0.0,
+        max_batch_size=4,
+    )
+    return ModelFetched(model, manifest)
+
+
 class Desk:
     """A core with models ready and bound, and what it last said."""
 
@@ -41,16 +57,7 @@ class Desk:
         self.tell(EngineStarted(1000, "cpu"), Assigned(models, 1, 1))
         self.subscriptions: dict[str, int] = {}
         for model in models:
-            name = model.partition("/")[0]
-            manifest = Manifest(
-                name=name,
-                version=1,
-                digest="sha256:" + "0" * 64,
-                size_bytes=10,
-                created_at=0.0,
-                max_batch_size=4,
-            )
-            self.tell(ModelFetched(model, manifest))
+            self.tell(fetched(model))
         for model in models:
             times = dict.fromkeys((1, 4), batch_s)
             for start in self.tell(ModelLoaded(model, (), 10, {}, times, 0.1)):
@@ -181,3 +188,102 @@ def test_an_older_word_changes_nothing():
     desk = Desk(A)
     assert of(StopConsumer, desk.tell(Assigned((), 0, 99))) == []
     assert of(StopConsumer, desk.tell(Assigned((), 2, 1)))
+
+
+def dies_at_once(desk: Desk, times: int) -> list[Action]:
+    """Each engine loads A, runs what waits for it, and dies of it; the last one's actions."""
+    actions: list[Action] = []
+    for _ in range(times):
+        actions = desk.tell(EngineLost("killed"))
+        for stop in of(StopConsumer, actions):
+            desk.tell(ConsumerStopped(stop.subscription))
+        if of(LoadModel, desk.tell(EngineStarted(1000, "cpu"))):
+            desk.tell(ModelLoaded(A, (), 10, {}, {1: 0.004}, 0.1))
+    return actions
+
+
+def test_a_model_whose_requests_kill_engines_is_quarantined():
+    """At the second buried request: what waits is told, and only another file is tried again."""
+    desk = Desk(A)
+    desk.arrive(A, 4)
+    assert of(RunBatch, desk.arrive(A)) == []
+    first = dies_at_once(desk, 3)
+    assert [bury.item for bury in of(Bury, first)] == [1]
+    second = dies_at_once(desk, 2)
+    assert [bury.item for bury in of(Bury, second)] == [2]
+    refused = of(Refuse, second)
+    assert [refusal.item for refusal in refused] == [3, 4]
+    assert {refusal.fault.code for refusal in refused} == {"quarantined"}
+    (report,) = desk.core.reports()
+    assert (report.phase, report.error) == (
+        "failed",
+        "quarantined: 2 of its requests ended 2 engines each",
+    )
+    for generation, digit in ((2, "0"), (4, "0"), (6, "1")):
+        desk.now += 10.0
+        desk.tell(Assigned((), 1, generation))
+        assert of(FetchModel, desk.tell(Assigned((A,), 1, generation + 1)))
+        assert desk.core.reports()[0].error == report.error
+        assert bool(of(LoadModel, desk.tell(fetched(A, digit)))) == (digit == "1")
+    assert desk.core.reports()[0].error is None
+
+
+def test_a_batch_that_hangs_costs_the_engine_its_life():
+    """After its time-out, or twenty times its estimate; what hung is tried alone."""
+    desk = Desk(A, batch_timeout_s=2.0)
+    desk.arrive(A)
+    assert desk.core.next_wakeup(0.0) == 2.0
+    desk.now = 1.9
+    assert of(KillEngine, desk.tell()) == []
+    desk.now = 2.0
+    (kill,) = of(KillEngine, desk.tell())
+    assert kill.reason == "a batch of a/1 was running for 2 s"
+    assert desk.core.next_wakeup(desk.now) is None
+    assert of(RunBatch, desk.arrive(A)) == []
+    actions = dies_at_once(desk, 2)
+    assert [bury.item for bury in of(Bury, actions)] == [1]
+    slow = Desk(A, batch_timeout_s=2.0, batch_s=0.5)
+    slow.arrive(A)
+    assert slow.core.next_wakeup(0.0) == 10.0
+
+
+def test_a_load_that_hangs_costs_the_engine_its_life():
+    """Nothing is begun on the engine meanwhile, and after the second the model is left alone."""
+    desk = Desk(A, load_timeout_s=5.0)
+    desk.tell(Assigned((A, B), 1, 2))
+    actions = desk.tell(fetched(B))
+    for _ in range(2):
+        assert [load.model for load in of(LoadModel, actions)] == [B]
+        assert desk.core.next_wakeup(desk.now) == desk.now + 5.0
+        desk.now += 5.0
+        (kill,) = of(KillEngine, desk.tell())
+        assert kill.reason == "b/1 was loading for 5 s"
+        assert of(RunBatch, desk.arrive(A)) == []
+        for stop in of(StopConsumer, desk.tell(EngineLost(kill.reason))):
+            desk.tell(ConsumerStopped(stop.subscription))
+        desk.tell(*map(ItemSettled, range(1, desk.last + 1)))
+        loads = of(LoadModel, desk.tell(EngineStarted(1000, "cpu")))
+        assert [load.model for load in loads] == [A]
+        actions = desk.tell(ModelLoaded(A, (), 10, {}, {1: 0.004}, 0.1))
+        (start,) = of(StartConsumer, actions)
+        desk.subscriptions[A] = start.subscription
+        desk.tell(ConsumerStarted(start.subscription))
+    assert of(LoadModel, actions) == []
+    assert "quarantined" in str(desk.core.state.get(B).error)
+    assert of(RunBatch, desk.arrive(A))
+
+
+def test_a_model_that_nothing_hangs_on_is_forgotten():
+    """Once it is neither wanted, nor on the device, nor held."""
+    desk = Desk(A)
+    desk.arrive(A)
+    desk.tell(BatchRan(1, (), 0.004, 0))
+    (stop,) = of(StopConsumer, desk.tell(Assigned((), 1, 2)))
+    desk.tell(ConsumerStopped(stop.subscription))
+    assert of(ForgetModel, desk.tell(ItemSettled(1))) == []
+    assert A in desk.core.state.models
+    desk.tell(Assigned((B,), 1, 3))
+    desk.core.state.budget_bytes = 10
+    desk.tell(fetched(B))
+    assert [gone.model for gone in of(ForgetModel, desk.tell(ModelEvicted(A)))] == [A]
+    assert desk.core.state.models.keys() == {B}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from services.worker.core.events import (
     EvictModel,
     FetchModel,
@@ -148,3 +150,33 @@ def test_warm_up_runs_are_for_what_is_not_known():
     state.max_loading = 3
     loads = state.reconcile(0.0, batches_running=False, may_load=True)
     assert [load.warm_rows for load in loads if isinstance(load, LoadModel)] == [(1, 8), (1,), ()]
+
+
+def test_a_model_that_kills_engines_at_load_stays_away_until_its_file_is_another():
+    """Assigned again it says so at once; it is fetched, but loaded only with a new digest."""
+    device = Device(a=10)
+    device.state.assigned([ModelId("a/1")], 0.0)
+    for _ in range(2):
+        while not device.state.loading():
+            for action in device.step():
+                if isinstance(action, FetchModel):
+                    device.do(action)
+        device.state.engine_lost(batch_running=False)
+        device.state.engine_started(100, "cpu")
+    model = device.state.get(ModelId("a/1"))
+    assert model.error == "quarantined: it ended 2 engines as it was loaded"
+    for _ in range(2):
+        device.want()
+        device.now += 10.0
+        device.want("a")
+        assert device.log == []
+        assert model.error == "quarantined: it ended 2 engines as it was loaded"
+        assert device.state.next_retry(device.now) is None
+    device.want()
+    device.state.assigned([model.id], device.now)
+    assert [type(action) for action in device.step()] == [FetchModel]
+    anew = msgspec.structs.replace(manifest("a", 10), digest="sha256:" + "1" * 64)
+    device.state.fetched(ModelFetched(model.id, anew))
+    device.settle()
+    assert device.ready() == {"a/1"}
+    assert model.error is None
