@@ -57,7 +57,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     used_bytes: int
     """Sum of the footprints, as the worker believes."""
     measured_bytes: int
-    """What the device itself says (NVML; on a CPU the engine's resident set)."""
+    """What the models take by the device's own word: NVML's (on a CPU the engine's resident
+    set without shared memory), less what the engine took before any model."""
     generation: int
     """Generation of the assignment that these bindings follow."""
     fence: int = 0

@@ -41,7 +41,8 @@ WORKSPACE_BYTES = 32 * 2**20
 LAST_USED_S = 2.0
 """Long enough ago that every model counts as idle, and a newcomer may take somebody's place."""
 
-console = Console(stderr=False, highlight=False)
+# Where there is no terminal to fit in (a log, CI), lines are as long as the tables need.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 class Checks:

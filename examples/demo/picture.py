@@ -108,7 +108,8 @@ def _fill(
         count = axes.twinx()
         count.step(x, [len(s.resident(worker)) for s in seen], where="post", color="tab:green")
         # Both axes to one scale: a model's step on the right is its bytes on the left.
-        top = 1.15 * budget_bytes
+        most = max(s.measured_bytes.get(worker, 0) for s in seen)
+        top = max(1.2 * budget_bytes, 1.02 * most)
         axes.set_ylim(0, top / 1e9)
         count.set(ylabel="models on the device", ylim=(0, top / weights_bytes))
         count.yaxis.label.set_color("tab:green")

@@ -66,12 +66,14 @@ def spike(
 
     `phases`: begin and end by name, `time.monotonic()` seconds.
     """
-    made = Table(title=f"The spike of {model}", title_justify="left")
+    made = Table(
+        title=f"The spike of {model}, and the other {len(others)} models", title_justify="left"
+    )
     made.add_column("")
     for column in ("asked/s", "answered/s", "p50 ms", "p99 ms"):
-        made.add_column(f"{model}\n{column}", justify="right")
+        made.add_column(column, justify="right")
     for column in ("p50 ms", "p99 ms"):
-        made.add_column(f"the other {len(others)}\n{column}", justify="right")
+        made.add_column(f"others' {column}", justify="right")
     for name, (start, end) in phases.items():
         hot, rest = book.between(start, end, {model}), book.between(start, end, others)
         answered = sum(start <= a.answered < end for a in book.answers[model] if not a.error)
