@@ -265,8 +265,15 @@ class RedisStore:
         redis-py types each command for its synchronous and asynchronous client at once, hence
         Any. `optional`: a refused command (some hosts forbid CONFIG) gives None instead.
         """
+        task = asyncio.current_task()
+        cancelled = task.cancelling() if task else 0
         try:
-            return await command
+            answer = await command
+            # redis-py 8.1 swallows a cancellation that comes while it waits for an answer: the
+            # command simply completes. An eternal task would go on for ever after its cancel.
+            if task and task.cancelling() > cancelled:
+                raise asyncio.CancelledError
+            return answer
         except exceptions.ResponseError as error:
             # LOADING, READONLY and the like: the server is there but cannot serve us now.
             if optional:

@@ -292,3 +292,16 @@ async def test_garbage_in_the_store_is_left_out(redis_store):
     await store._redis.hset("roost:{w:bad}:assignment", mapping={"body": b"\xc1"})
     assert [r.worker for r in await store.reports()] == ["good"]
     assert await store.assignment("bad") is None
+
+
+async def test_a_cancelled_command_ends_its_task(stores):
+    """Whatever moment a task is cancelled at, it does not go on as if nothing had been."""
+    store, _ = stores
+    for turns in range(40):
+        task = asyncio.create_task(store.put_report(report(), 10))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if not task.done():
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
