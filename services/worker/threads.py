@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -25,12 +26,9 @@ async def in_thread(work: Callable[[], _T], name: str) -> _T:
     def run() -> None:
         tell: Callable[[], None]
         try:
-            result = work()
+            tell = partial(done.set_result, work())
         except Exception as error:  # noqa: BLE001 - it is raised where it is awaited
-            failure = error
-            tell = lambda: done.set_exception(failure)  # noqa: E731
-        else:
-            tell = lambda: done.set_result(result)  # noqa: E731
+            tell = partial(done.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(finish, tell)
 
