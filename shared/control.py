@@ -36,6 +36,7 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds_per_item: float = 0.0
     """Device seconds per request at the batch size that it reaches. 0: not known yet."""
     load_seconds: float = 0.0
+    """From where its weights are now to the device; 0: not known."""
     last_used: float = 0.0
     """Unix time of the last request; 0: never asked."""
     error: str | None = None
@@ -59,7 +60,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     measured_bytes: int
     """What the models take by the device's own word: NVML's (on a CPU the engine's resident
     set without shared memory), less what the engine took before any model."""
-    generation: int
+    host_budget_bytes: int = 0
+    """What the host tier may hold. Models that are held there may be assigned beyond the
+    device's budget: the worker swaps them in as requests come. 0: there is no such tier."""
+    host_used_bytes: int = 0
+    generation: int = 0
     """Generation of the assignment that these bindings follow."""
     fence: int = 0
     """Highest placer's fence that the worker has seen."""

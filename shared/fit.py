@@ -25,13 +25,18 @@ class Refusal(msgspec.Struct, frozen=True):
 def used_bytes(residents: Iterable[Footprint]) -> int:
     """Bytes that these models take together on one device.
 
-    Weights add up; workspaces do not: one batch runs at a time, so the device needs room for
-    the greatest workspace once.
+    Weights add up, what several models share once; workspaces do not: one batch runs at a
+    time, so the device needs room for the greatest workspace once.
     """
     weights = workspace = 0
+    seen: set[str] = set()
     for footprint in residents:
         weights += footprint.weights_bytes
         workspace = max(workspace, footprint.workspace_bytes)
+        for share in footprint.shares:
+            if share.key in seen:
+                weights -= share.nbytes
+            seen.add(share.key)
     return weights + workspace
 
 

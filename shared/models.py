@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from shared.errors import InvalidRequest
+from shared.layout.model import Share
 from shared.names import ModelId, check_name, check_version, model_id
 
 Datatype = Literal[
@@ -15,8 +16,9 @@ Datatype = Literal[
 ]  # fmt: skip
 """The Open Inference Protocol's tensor datatypes."""
 
-Format = Literal["torchscript"]
-"""File formats for which a worker has an executor."""
+Format = Literal["torchscript", "export", "aotinductor"]
+"""File formats for which a worker has an executor: TorchScript, `torch.export` programs and
+AOTInductor packages (both `.pt2`)."""
 
 Scalar = str | int | float | bool
 
@@ -33,6 +35,22 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An optional input may be left out of a request."""
 
 
+class Padding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One variable dimension that may be filled up, so that requests of different lengths run
+    in one batch: to the least of `sizes` that holds them all. A longer request runs as it is."""
+
+    inputs: dict[str, int]
+    """For each input that has the dimension, which of its `shape`'s it is (0 is the first after
+    the batch dimension)."""
+    sizes: tuple[int, ...]
+    """Ascending, e.g. 32, 64, 128."""
+    values: dict[str, float] = {}
+    """What is put in, by input; 0 where nothing is said. E.g. a tokenizer's pad token, and 0
+    for the attention mask, which must tell the model what was put in."""
+    outputs: dict[str, int] = {}
+    """Outputs that have the dimension as well: cut back to each request's own length."""
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a person may say of a model (`model.json`). Everything has a default that works
     for a file of which nothing is known."""
@@ -46,6 +64,11 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """0: the first dimension is not a batch; requests run one by one (Triton's meaning)."""
     max_queue_delay_us: int = 0
     """How long a batch may wait for company while the device is free."""
+    preferred_batch_size: tuple[int, ...] = ()
+    """Triton's: a batch that reaches the greatest of these that it can waits no longer; ascending,
+    none above `max_batch_size`."""
+    padding: Padding | None = None
+    """None: only requests of the same shape run together."""
     stateful: bool = False
     """Keeps state between calls: never batched, never more than one copy."""
     target_ms: float = 100.0
@@ -110,6 +133,18 @@ class Manifest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True)
         return model_id(self.name, self.version)
 
 
+class Case(msgspec.Struct, frozen=True):
+    """What batches of one size were measured to take."""
+
+    rows: int
+    size: int = 0
+    """Of the padded dimension; 0 for a model without one."""
+    seconds: float = 0.0
+    """On the device, inputs and outputs copied included; 0: not measured."""
+    workspace_bytes: int = 0
+    """Peak bytes beyond the weights."""
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker measured of a model on one kind of device. Kept beside the manifest, so
     that the next worker of that kind knows before it loads."""
@@ -117,12 +152,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     device_kind: str
     """E.g. `cpu` or `cuda:NVIDIA H100 80GB HBM3`."""
     weights_bytes: int
-    workspace_bytes: dict[int, int] = {}
-    """Peak bytes beyond the weights, by batch size (rows)."""
-    batch_seconds: dict[int, float] = {}
-    """Seconds on the device, by batch size (rows)."""
+    cases: tuple[Case, ...] = ()
     load_seconds: float = 0.0
+    """From the disk to the device, warm-up included."""
+    swap_seconds: float = 0.0
+    """From the host's memory to the device; 0: never seen."""
     measured_at: float = 0.0
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The greatest of all cases."""
+        return max((case.workspace_bytes for case in self.cases), default=0)
 
 
 class Footprint(msgspec.Struct, frozen=True):
@@ -132,3 +172,6 @@ class Footprint(msgspec.Struct, frozen=True):
     workspace_bytes: int = 0
     measured: bool = True
     """False: an estimate from the file's size, before the first load."""
+    shares: tuple[Share, ...] = ()
+    """Parts of `weights_bytes` that count once per device, however many models have them. Empty
+    where sharing is off."""

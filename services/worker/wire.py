@@ -1,22 +1,27 @@
 """All messages between a worker's agent and its engine: the one file of that boundary.
 
-Three file descriptors join the two processes, made by the agent before it starts the engine:
-a `SOCK_STREAM` socket pair for these messages (4-byte little-endian length, then msgpack), an
-*inbox* of shared memory that the agent fills with input tensors and the engine reads, and an
+Four file descriptors join the two processes, made by the agent before it starts the engine: two
+`SOCK_STREAM` socket pairs for these messages (4-byte little-endian length, then msgpack), one for
+batches and one for everything else, so that the thread that runs models hears of a batch from
+nobody else; an *inbox* of shared memory that the agent fills with input tensors and the engine reads, and an
 *outbox* that the engine fills with output tensors and the agent reads. Each region is
 allocated by its writer alone; the reader says when it is done (`BatchRan`/`BatchFailed` free
 the inbox bytes of the batch, `Release` frees its outbox bytes). Tensors never travel in messages.
 
 Order: the engine runs batches in the order of `RunBatch`, and answers each exactly once. Loads
-and evictions run in their own order beside the batches. A model is not evicted while a batch
-of it is under way: the agent sends no `EvictModel` before the last answer.
+and evictions run beside the batches: what concerns one model in its own order, what makes room
+before what needs it. A model is not evicted while a batch of it is under way: the agent sends
+no `EvictModel` before the last answer; nor is a batch sent before `ModelLoaded`.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-from shared.models import Datatype, Manifest, TensorSpec
+from shared.layout import Extent, Layout
+from shared.models import Case, Datatype, Manifest, TensorSpec
 from shared.names import ModelId
 
 
@@ -30,41 +35,38 @@ class TensorRef(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
-# --- agent → engine -----------------------------------------------------------------------
+# --- agent → engine, about models ---------------------------------------------------------
+
+
+class WarmUp(msgspec.Struct, frozen=True, array_like=True):
+    rows: int
+    size: int = 0
+    """Of the padded dimension; 0 for a model without one."""
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag=True):
-    """Bring a model onto the device. Answered by `ModelLoaded` or `LoadFailed`."""
+    """Bring a model onto the device, or only into the host's memory. Answered by `ModelLoaded`
+    or `LoadFailed`."""
 
     model: ModelId
-    path: str
-    """A local file whose digest has been verified."""
+    file: tuple[Extent, ...]
+    """Where the file lies, verified: these stretches one after the other."""
     manifest: Manifest
-    warm_rows: tuple[int, ...] = ()
-    """Batch sizes to run once, with zeros, before the model is called loaded (needs known
-    inputs); what they take is measured."""
+    layout: Layout | None = None
+    """None for a file that could not be taken apart, or of a format that never is."""
+    warm: tuple[WarmUp, ...] = ()
+    """Batches to run, with zeros, before the model is called loaded (needs known inputs); what
+    they take is measured. None are needed for an architecture that is warm."""
+    tier: Literal["host", "device"] = "device"
+    keep_host: bool = False
+    """Leave a copy in the host's memory: `tier` is reached through it. Room has been made."""
 
 
 class EvictModel(msgspec.Struct, frozen=True, tag=True):
-    """Give the model's bytes back. Answered by `ModelEvicted`."""
+    """Give the model's bytes in this tier back. Answered by `ModelEvicted`."""
 
     model: ModelId
-
-
-class RunBatch(msgspec.Struct, frozen=True, tag=True):
-    """Run one batch. The inputs' first dimension is the batch when the model batches; the rows
-    of several requests stand in it one after the other."""
-
-    batch: int
-    model: ModelId
-    rows: int
-    inputs: tuple[TensorRef, ...]
-
-
-class Release(msgspec.Struct, frozen=True, tag=True):
-    """The agent has copied the outputs of these batches."""
-
-    batches: tuple[int, ...]
+    tier: Literal["host", "device"] = "device"
 
 
 class MeasureMemory(msgspec.Struct, frozen=True, tag=True):
@@ -75,7 +77,29 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """End, after what is under way."""
 
 
-Command = LoadModel | EvictModel | RunBatch | Release | MeasureMemory | Stop
+# --- agent → engine, about batches --------------------------------------------------------
+
+
+class RunBatch(msgspec.Struct, frozen=True, tag=True):
+    """Run one batch. The inputs' first dimension is the batch when the model batches; the rows
+    of several requests stand in it one after the other."""
+
+    batch: int
+    model: ModelId
+    rows: int
+    inputs: tuple[TensorRef, ...]
+    size: int = 0
+    """Of the padded dimension, for the measurement; 0 for a model without one."""
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """The agent has copied the outputs of these batches."""
+
+    batches: tuple[int, ...]
+
+
+Command = LoadModel | EvictModel | MeasureMemory | Stop
+BatchCommand = RunBatch | Release
 
 # --- engine → agent -----------------------------------------------------------------------
 
@@ -97,11 +121,16 @@ class ModelLoaded(msgspec.Struct, frozen=True, tag=True):
     inputs: tuple[TensorSpec, ...]
     """By the file's own schema, merged with the manifest's."""
     weights_bytes: int
-    """Measured: the distinct tensor storages that the model keeps on the device."""
-    workspace_bytes: dict[int, int]
-    """Peak bytes beyond the weights, by rows, of the warm-up runs."""
-    batch_seconds: dict[int, float]
+    """Measured: the distinct tensor storages that the model keeps in this tier, those that it
+    shares with others included."""
     load_seconds: float
+    cases: tuple[Case, ...] = ()
+    """Of the warm-up runs; of another model's, when the architecture was warm."""
+    tier: Literal["host", "device"] = "device"
+    source: Literal["disk", "host"] = "disk"
+    """Where the weights came from."""
+    architecture: Literal["known", "new", "none"] = "none"
+    """Whether the program was there already; `none` where every file has its own."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
@@ -113,6 +142,7 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
 
 class ModelEvicted(msgspec.Struct, frozen=True, tag=True):
     model: ModelId
+    tier: Literal["host", "device"] = "device"
 
 
 class BatchRan(msgspec.Struct, frozen=True, tag=True):
@@ -136,6 +166,12 @@ class BatchFailed(msgspec.Struct, frozen=True, tag=True):
 class MemoryMeasured(msgspec.Struct, frozen=True, tag=True):
     used_bytes: int
     """What the engine takes of the device by the engine's own measure."""
+    spare_bytes: int = 0
+    """Of these, what is reserved for models and holds none now."""
+    host_bytes: int = 0
+    """What the host tier holds."""
+    host_spare_bytes: int = 0
+    """What it has reserved and holds nothing."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):
@@ -155,14 +191,18 @@ Event = (
     | EngineFailed
 )
 
+BatchEvent = BatchRan | BatchFailed
+"""What comes back on the batches' socket; everything else on the other."""
+
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_batch_commands: msgspec.msgpack.Decoder[BatchCommand] = msgspec.msgpack.Decoder(BatchCommand)
 _events: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 MAX_FRAME = 16 * 1024 * 1024
 
 
-def pack(message: Command | Event) -> bytes:
+def pack(message: Command | BatchCommand | Event) -> bytes:
     """One frame, its length before it."""
     body = _encoder.encode(message)
     return len(body).to_bytes(4, "little") + body
@@ -171,6 +211,11 @@ def pack(message: Command | Event) -> bytes:
 def unpack_command(body: bytes | memoryview) -> Command:
     """Raises `msgspec.MsgspecError`."""
     return _commands.decode(body)
+
+
+def unpack_batch_command(body: bytes | memoryview) -> BatchCommand:
+    """Raises `msgspec.MsgspecError`."""
+    return _batch_commands.decode(body)
 
 
 def unpack_event(body: bytes | memoryview) -> Event:
