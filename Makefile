@@ -1,9 +1,10 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 # EMBEDDED=1 runs the demo without RabbitMQ and Redis, over their twins in memory.
-.PHONY: help demo test setup lint services clean
+.PHONY: help demo test bench setup lint services clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+DEVICE ?= cpu
 VENV := .venv
 LEAN := .venv-lean
 
@@ -15,6 +16,10 @@ demo: $(VENV)/.complete $(if $(EMBEDDED),,services) ## 100 models, one small dev
 
 test: setup $(LEAN)/.complete ## lint, types, import contracts, all tests
 	@scripts/test $(VENV) $(LEAN)
+
+bench: $(VENV)/.complete ## all benchmarks on this machine; rewrites docs/results/benchmarks.md (DEVICE=cuda on a GPU)
+	@for name in density swap oversubscribe engine; do \
+	  $(VENV)/bin/python -m benchmarks $$name --device $(DEVICE) --save || exit 1; done
 
 lint: $(VENV)/.complete ## formatting, lint, types and import contracts only
 	@scripts/lint $(VENV)

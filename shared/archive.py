@@ -1,4 +1,4 @@
-"""Is this file TorchScript? Answered without torch, from the zip's directory alone.
+"""Is this file a model? Answered without torch, from the zip's directory alone.
 
 A TorchScript file is a program: whoever loads it runs it. This check makes no file safe; it
 tells apart what is a model, what is half of one, what is a checkpoint that somebody meant to
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, NamedTuple
 
 from shared.errors import InvalidRequest
 
@@ -34,30 +34,59 @@ _EXPORT_HINT: Final = "export with torch.jit.trace/script and .save()"
 _CHECKPOINT: Final = f"a torch.save checkpoint, not TorchScript: {_EXPORT_HINT}"
 
 
-def check_torchscript(path_or_file: str | os.PathLike[str] | BinaryIO) -> None:
+class Member(NamedTuple):
+    """A file in an archive, as the directory has it."""
+
+    header_at: int
+    """Its local header; the content comes after that."""
+    nbytes: int
+    packed_nbytes: int
+    """What it takes in the archive."""
+    packed: bool
+    """Compressed."""
+
+
+class Archive(NamedTuple):
+    """What a checked archive has in it."""
+
+    root: str
+    """The one folder that holds everything."""
+    members: dict[str, Member]
+    """By their names below it."""
+    directory_at: int
+    """Where the contents end."""
+
+
+def check_torchscript(path_or_file: str | os.PathLike[str] | BinaryIO) -> Archive:
     """Raises `InvalidRequest`, saying what the file is instead, unless it is TorchScript.
 
     A file object must be seekable; it is left open, wherever the reading ended.
     """
     if isinstance(path_or_file, str | os.PathLike):
         with open(path_or_file, "rb") as file:  # noqa: PTH123 — callers hold plain strings
-            _check(file)
-    else:
-        _check(path_or_file)
+            return check_torchscript(file)
+    archive = read_archive(path_or_file, "TorchScript", _EXPORT_HINT)
+    _check_members(archive)
+    return archive
 
 
-def _check(file: BinaryIO) -> None:
+def read_archive(file: BinaryIO, what: str, hint: str) -> Archive:
+    """The basic check for any format of torch's that is a zip: whole, with one root folder, no
+    bomb, nothing hidden. `what` names the format that was expected and `hint` how one comes to
+    such a file; both are for the message of `InvalidRequest`."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(16)
     if not head:
         raise InvalidRequest("the file is empty")
     if head.startswith(_LEGACY_CHECKPOINT):
-        raise InvalidRequest(f"{_CHECKPOINT} (it is in the format before torch 1.6)")
+        raise InvalidRequest(
+            f"a torch.save checkpoint, not {what}: {hint} (it is in the format before torch 1.6)"
+        )
     if head.startswith(b"\x80") and head[1:2] <= b"\x05":
-        raise InvalidRequest(f"a pickle, not TorchScript: {_EXPORT_HINT}")
+        raise InvalidRequest(f"a pickle, not {what}: {hint}")
     if not head.startswith(b"PK"):
-        raise InvalidRequest("not a zip archive, so not TorchScript")
+        raise InvalidRequest(f"not a zip archive, so not {what}")
     directory_at = _find_directory(file, size)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -70,9 +99,18 @@ def _check(file: BinaryIO) -> None:
         OverflowError,
     ) as error:
         raise InvalidRequest(f"the zip archive's directory is damaged: {error}") from error
-    root, names = _check_names(entries)
-    _check_members(root, names)
+    root = _check_names(entries, what)
     _check_sizes(entries, root, size, directory_at)
+    members = {
+        entry.orig_filename[len(root) + 1 :]: Member(
+            entry.header_offset,
+            entry.file_size,
+            entry.compress_size,
+            entry.compress_type != zipfile.ZIP_STORED,
+        )
+        for entry in entries
+    }
+    return Archive(root, members, directory_at)
 
 
 def _find_directory(file: BinaryIO, size: int) -> int:
@@ -113,8 +151,8 @@ def _find_directory(file: BinaryIO, size: int) -> int:
     return int(offset)
 
 
-def _check_names(entries: list[zipfile.ZipInfo]) -> tuple[str, set[str]]:
-    """The one folder that holds everything, and the names below it."""
+def _check_names(entries: list[zipfile.ZipInfo], what: str) -> str:
+    """The one folder that holds everything."""
     if len(entries) > MAX_ENTRIES:
         raise InvalidRequest(
             f"the archive has {len(entries):,} entries, at most {MAX_ENTRIES:,} may be"
@@ -129,12 +167,12 @@ def _check_names(entries: list[zipfile.ZipInfo]) -> tuple[str, set[str]]:
         names.add(name)
     roots = {name.partition("/")[0] for name in names if "/" in name}
     if len(roots) != 1 or any("/" not in name for name in names):
-        raise InvalidRequest("a zip archive, but not TorchScript: it has no single root folder")
-    root = roots.pop()
-    return root, {name[len(root) + 1 :] for name in names}
+        raise InvalidRequest(f"a zip archive, but not {what}: it has no single root folder")
+    return roots.pop()
 
 
-def _check_members(root: str, names: set[str]) -> None:
+def _check_members(archive: Archive) -> None:
+    names = archive.members.keys()
     has_code = any(name.startswith("code/") and name != "code/" for name in names)
     if "data.pkl" in names and not has_code:
         raise InvalidRequest(_CHECKPOINT)
@@ -145,7 +183,7 @@ def _check_members(root: str, names: set[str]) -> None:
     # Newer torch keeps the version beside its other notes, below `.data/`.
     missing += [] if names & {"version", ".data/version"} else ["version"]
     if missing:
-        what = ", ".join(f"{root[:80]}/{name}" for name in missing)
+        what = ", ".join(f"{archive.root[:80]}/{name}" for name in missing)
         raise InvalidRequest(f"a zip archive, but not TorchScript: it has no {what}")
 
 
@@ -171,7 +209,7 @@ def _check_sizes(
     if total > file_size * MAX_RATIO + RATIO_SLACK_BYTES:
         raise InvalidRequest(
             f"a zip bomb: {file_size:,} bytes would unpack to {total:,}, "
-            "and TorchScript does not compress tensors"
+            "and torch does not compress tensors"
         )
     # Entries that overlap are the other kind of bomb: every one small, all the same bytes.
     end = 0

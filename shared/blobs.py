@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable
 from types import TracebackType
-from typing import BinaryIO, Final, Self
+from typing import BinaryIO, Final, Protocol, Self
 
 from shared.errors import Internal, InvalidRequest, ModelNotFound, TooLarge
 from shared.storage import Entry, Stage, Storage
@@ -30,6 +30,12 @@ def blob_path(digest: str) -> str:
     return f"{BLOBS}/{hexadecimal[:2]}/{hexadecimal}"
 
 
+class Source(Protocol):
+    """From where a file is copied."""
+
+    def open(self, digest: str) -> BinaryIO: ...
+
+
 class BlobStore:
     """The blobs of one storage. Remembers which of them it has verified."""
 
@@ -42,15 +48,7 @@ class BlobStore:
         self._fetching = tuple(threading.Lock() for _ in range(64))
 
     def writer(self, max_bytes: int | None = None) -> BlobWriter:
-        return BlobWriter(self, self._storage.stage(), max_bytes)
-
-    def put(
-        self, chunks: Iterable[bytes], expect: str | None = None, max_bytes: int | None = None
-    ) -> tuple[str, int]:
-        with self.writer(max_bytes) as writer:
-            for chunk in chunks:
-                writer.write(chunk)
-            return writer.commit(expect)
+        return BlobWriter(self._storage.stage(), self.settle, max_bytes)
 
     def has(self, digest: str) -> bool:
         try:
@@ -111,7 +109,7 @@ class BlobStore:
             self._verified[digest] = size
             return path
 
-    def fetch(self, digest: str, source: BlobStore) -> str:
+    def fetch(self, digest: str, source: Source) -> str:
         """As `verified_path`, after copying the blob from `source` when need be. This storage
         must be local. A damaged copy is fetched anew; a damaged source raises `Internal`."""
         with self._fetching[int(digest[-2:], 16) % len(self._fetching)]:
@@ -127,7 +125,7 @@ class BlobStore:
             raise Internal(f"the copy of {digest} vanished as soon as it was made")
         return path
 
-    def _copy(self, digest: str, source: BlobStore) -> None:
+    def _copy(self, digest: str, source: Source) -> None:
         with source.open(digest) as file, self.writer() as writer:
             while chunk := file.read(_READ_BYTES):
                 writer.write(chunk)
@@ -140,15 +138,24 @@ class BlobStore:
         """Gives a written stage its name, or drops it when the same content is there."""
         # The lock: what is found here must not be collected before it is touched.
         with self._storage.lock(exclusive=False):
-            try:
-                present = self._storage.entry(blob_path(digest)).size == size
-            except FileNotFoundError:
-                present = False
-            if present:
-                self.touch(digest)
+            if self.present(digest, size):
                 stage.discard()
-                return
-            stage.publish(blob_path(digest))
+            else:
+                self.publish(stage, digest, size)
+
+    def present(self, digest: str, size: int) -> bool:
+        """Whether the blob is there; if so it looks new from now on. Under the storage's lock."""
+        try:
+            if self._storage.entry(blob_path(digest)).size != size:
+                return False
+            self._storage.touch(blob_path(digest))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def publish(self, stage: Stage, digest: str, size: int) -> None:
+        """Gives a written stage its name. Under the storage's lock."""
+        stage.publish(blob_path(digest))
         self._verified[digest] = size
 
 
@@ -156,9 +163,11 @@ class BlobWriter:
     """One upload. Leaving the `with` block without `commit` forgets it, as does forgetting the
     writer. Not for several threads at once."""
 
-    def __init__(self, blobs: BlobStore, stage: Stage, max_bytes: int | None) -> None:
-        self._blobs = blobs
+    def __init__(
+        self, stage: Stage, settle: Callable[[Stage, str, int], None], max_bytes: int | None
+    ) -> None:
         self._stage = stage
+        self._settle = settle
         self._max_bytes = max_bytes
         self._hash = hashlib.sha256()
         self._over = False
@@ -199,7 +208,7 @@ class BlobWriter:
                 f"the checksum does not match: expected {expect}, received {digest} "
                 f"({self.size:,} bytes)"
             )
-        self._blobs.settle(self._stage, digest, self.size)
+        self._settle(self._stage, digest, self.size)
         self._over = True
         return digest, self.size
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
 
 from shared.errors import ModelNotFound
 from shared.models import Manifest
-from shared.names import check_name, check_version
+from shared.names import ModelId, check_name, check_version
 from shared.repository import Repository
+from shared.sharing import SharedBytes
 
 NEGATIVE_TTL_S: Final = 0.2
 """How long "no such model" is believed. Short: the usual next step is to register it."""
@@ -22,6 +23,7 @@ MAX_ABSENT: Final = 1000
 _Key = tuple[str, int | None]
 _Answer = Manifest | ModelNotFound
 _ALL: Final[_Key] = ("", None)
+_SHARING: Final[_Key] = ("", 0)
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -74,10 +76,16 @@ class Catalog:
         assert isinstance(answer, tuple)
         return list(answer)
 
+    async def sharing(self) -> Mapping[ModelId, SharedBytes]:
+        """How many bytes of each version are its own, and how many another one has too."""
+        answer = await self._ask(_SHARING, self._repository.sharing)
+        assert isinstance(answer, dict)
+        return answer
+
     def invalidate(self, name: str | None = None) -> None:
         """Forgets what is known of a model, None for all: a hint that it has changed."""
         for table in (self._cached, self._absent, self._asking):
-            for key in [key for key in table if name is None or key[0] == name or key == _ALL]:
+            for key in [key for key in table if name is None or key[0] in {name, ""}]:
                 # Who is waiting still gets that answer; who asks from now on does not.
                 del table[key]
 

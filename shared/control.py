@@ -36,7 +36,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds_per_item: float = 0.0
     """Device seconds per request at the batch size that it reaches. 0: not known yet."""
     load_seconds: float = 0.0
-    """From where its weights are now to the device; 0: not known."""
+    """From where its weights are now to the device, as far as it was measured; once they are on
+    the device, what it takes from the disk. 0: not known."""
     last_used: float = 0.0
     """Unix time of the last request; 0: never asked."""
     error: str | None = None
@@ -61,8 +62,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What the models take by the device's own word: NVML's (on a CPU the engine's resident
     set without shared memory), less what the engine took before any model."""
     host_budget_bytes: int = 0
-    """What the host tier may hold. Models that are held there may be assigned beyond the
-    device's budget: the worker swaps them in as requests come. 0: there is no such tier."""
+    """What the host tier may hold. So much may be assigned beyond the device's budget
+    (`shared.fit.fit_tiers`): the worker swaps it in as requests come. 0: there is no such tier."""
     host_used_bytes: int = 0
     generation: int = 0
     """Generation of the assignment that these bindings follow."""

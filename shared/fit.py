@@ -41,7 +41,7 @@ def used_bytes(residents: Iterable[Footprint]) -> int:
 
 
 def fit(newcomer: Footprint, residents: Iterable[Footprint], budget_bytes: int) -> Refusal | None:
-    """None when `newcomer` fits beside `residents`, else why not."""
+    """None when `newcomer` fits on the device beside `residents`, else why not."""
     held = tuple(residents)
     before = used_bytes(held)
     after = used_bytes((*held, newcomer))
@@ -51,3 +51,44 @@ def fit(newcomer: Footprint, residents: Iterable[Footprint], budget_bytes: int) 
     if alone > budget_bytes:
         return Refusal("larger than the whole device budget", alone, budget_bytes)
     return Refusal("no room on the device", after - before, max(budget_bytes - before, 0))
+
+
+def fit_tiers(
+    newcomer: Footprint, assigned: Iterable[Footprint], budget_bytes: int, host_bytes: int
+) -> Refusal | None:
+    """None when `newcomer` may be assigned beside `assigned`, else why not.
+
+    Not all that is assigned must be on the device at once: a worker with a host tier of
+    `host_bytes` swaps. Together they must fit both tiers; and the greatest must fit the device
+    beside those that never leave it, or it could never run.
+    """
+    others = tuple(assigned)
+    everyone = (*others, newcomer)
+    if can_be_served(everyone, budget_bytes, host_bytes):
+        return None
+    refusal = fit(newcomer, others, budget_bytes)
+    assert refusal is not None, "what fits on the device can be served"
+    alone = used_bytes((newcomer,))
+    if not host_bytes or alone > budget_bytes:
+        return refusal
+    before, after = used_bytes(others), used_bytes(everyone)
+    total = budget_bytes + host_bytes
+    if after > total:
+        reason = "no room on the device and in the host's memory"
+        return Refusal(reason, after - before, max(total - before, 0))
+    pinned = used_bytes(each for each in others if each.pinned)
+    reason = "no room on the device beside what never leaves it"
+    return Refusal(reason, alone, max(budget_bytes - pinned, 0))
+
+
+def can_be_served(assigned: Iterable[Footprint], budget_bytes: int, host_bytes: int) -> bool:
+    """Whether one worker can serve all of these: `fit_tiers`, asked of the whole."""
+    everyone = tuple(assigned)
+    used = used_bytes(everyone)
+    if used <= budget_bytes:
+        return True
+    if not host_bytes or used > budget_bytes + host_bytes:
+        return False
+    pinned = used_bytes(each for each in everyone if each.pinned)
+    largest = max((used_bytes((each,)) for each in everyone if not each.pinned), default=0)
+    return pinned + largest <= budget_bytes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Final, Literal
 
 import msgspec
 
@@ -35,6 +38,10 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An optional input may be left out of a request."""
 
 
+MAX_PADDING_SIZES: Final = 32
+"""Each is run and measured before a model is called loaded."""
+
+
 class Padding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One variable dimension that may be filled up, so that requests of different lengths run
     in one batch: to the least of `sizes` that holds them all. A longer request runs as it is."""
@@ -50,12 +57,30 @@ class Padding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     outputs: dict[str, int] = {}
     """Outputs that have the dimension as well: cut back to each request's own length."""
 
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise InvalidRequest("padding must name at least one input")
+        if not 1 <= len(self.sizes) <= MAX_PADDING_SIZES:
+            raise InvalidRequest(f"padding must have 1 to {MAX_PADDING_SIZES} sizes")
+        if not _ascending(self.sizes) or not 1 <= self.sizes[0] <= self.sizes[-1] < 2**31:
+            raise InvalidRequest("the sizes of padding must be ascending, each at least 1")
+        for name, value in self.values.items():
+            if name not in self.inputs:
+                raise InvalidRequest(f"padding has a value for {name!r}, which it does not pad")
+            if not math.isfinite(value):
+                raise InvalidRequest(f"the padding value of {name!r} must be a finite number")
+
+    def holding(self, length: int) -> int:
+        """The least size that holds `length`; `length` itself where none does."""
+        return next((size for size in self.sizes if size >= length), length)
+
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a person may say of a model (`model.json`). Everything has a default that works
     for a file of which nothing is known."""
 
-    format: Format = "torchscript"
+    format: Format | msgspec.UnsetType = msgspec.UNSET
+    """Unset: told by the file's content."""
     inputs: tuple[TensorSpec, ...] | None = None
     """None: unknown. Names are then checked against the file's own schema by the worker."""
     outputs: tuple[TensorSpec, ...] | None = None
@@ -65,8 +90,10 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     max_queue_delay_us: int = 0
     """How long a batch may wait for company while the device is free."""
     preferred_batch_size: tuple[int, ...] = ()
-    """Triton's: a batch that reaches the greatest of these that it can waits no longer; ascending,
-    none above `max_batch_size`."""
+    """Triton's: batches are made of the greatest of these for which enough waits, and such a batch
+    waits no longer; ascending, none above `max_batch_size`."""
+    default_priority_level: int = 0
+    """Triton's: the priority of requests that name none, 1 the most urgent; 0: an ordinary one."""
     padding: Padding | None = None
     """None: only requests of the same shape run together."""
     stateful: bool = False
@@ -104,6 +131,37 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
                     raise InvalidRequest(
                         f"{kind} {spec.name!r}: a shape has at most 8 dimensions, each -1 or more"
                     )
+        if self.preferred_batch_size:
+            self._check_preferred(self.preferred_batch_size)
+        if not 0 <= self.default_priority_level < 2**32:
+            raise InvalidRequest("default_priority_level must be from 0 to 4294967295")
+        if self.padding is not None:
+            self._check_padding(self.padding)
+
+    def _check_preferred(self, sizes: tuple[int, ...]) -> None:
+        if not _ascending(sizes) or not 1 <= sizes[0] <= sizes[-1] <= self.max_batch_size:
+            raise InvalidRequest(
+                "preferred_batch_size must be ascending, from 1 to max_batch_size, which is "
+                f"{self.max_batch_size}"
+            )
+
+    def _check_padding(self, padding: Padding) -> None:
+        if not self.max_batch_size:
+            raise InvalidRequest("padding is for models that batch: max_batch_size is 0")
+        if self.inputs is None:
+            raise InvalidRequest("padding needs the model's inputs to be declared")
+        padded = dict(_padded("input", padding.inputs, self.inputs))
+        if all(spec.optional for spec in padded.values()):
+            raise InvalidRequest("padding must name an input that is not optional")
+        for name, spec in padded.items():
+            value = padding.values.get(name, 0.0)
+            if not _holds(spec.datatype, value):
+                raise InvalidRequest(
+                    f"the padding value {value:g} of input {name!r} is no {spec.datatype}"
+                )
+        if self.outputs is not None:
+            for _ in _padded("output", padding.outputs, self.outputs):
+                pass
 
     def copies_limit(self, workers: int) -> int:
         """How many workers may hold this model at once, of `workers`."""
@@ -112,9 +170,47 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return workers if self.max_copies is None else min(workers, self.max_copies)
 
 
+def _padded(
+    kind: str, dimensions: dict[str, int], specs: tuple[TensorSpec, ...]
+) -> Iterator[tuple[str, TensorSpec]]:
+    """What padding names, as the model declares it; raises where that cannot be padded."""
+    by_name = {spec.name: spec for spec in specs}
+    for name, dimension in dimensions.items():
+        spec = by_name.get(name)
+        if spec is None:
+            raise InvalidRequest(f"padding names {kind} {name!r}, which the model does not have")
+        if spec.datatype == "BYTES":
+            raise InvalidRequest(f"{kind} {name!r} is BYTES, which cannot be padded")
+        if not 0 <= dimension < len(spec.shape) or spec.shape[dimension] != -1:
+            raise InvalidRequest(
+                f"padding names dimension {dimension} of {kind} {name!r}, which is no -1 in its "
+                f"shape {list(spec.shape)}"
+            )
+        yield name, spec
+
+
+def _holds(datatype: Datatype, value: float) -> bool:
+    """Whether the datatype has this value, or one near it."""
+    if datatype in _GREATEST:
+        return abs(value) <= _GREATEST[datatype]
+    if datatype == "BOOL":
+        return value in {0.0, 1.0}
+    bits = int(datatype.removeprefix("U").removeprefix("INT"))
+    low, high = (0, 2**bits) if datatype.startswith("U") else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+    return float(value).is_integer() and low <= value < high
+
+
+_GREATEST: Final = {"FP16": 65504.0, "BF16": 3.38e38, "FP32": 3.4e38, "FP64": math.inf}
+
+
+def _ascending(numbers: tuple[int, ...]) -> bool:
+    return all(low < high for low, high in pairwise(numbers))
+
+
 class Manifest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One registered, immutable version: the spec, and the file it is about."""
 
+    format: Format = "torchscript"
     name: str
     version: int
     digest: str
@@ -175,3 +271,5 @@ class Footprint(msgspec.Struct, frozen=True):
     shares: tuple[Share, ...] = ()
     """Parts of `weights_bytes` that count once per device, however many models have them. Empty
     where sharing is off."""
+    pinned: bool = False
+    """It never leaves the device while it is wanted: a model that keeps a state."""

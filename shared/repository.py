@@ -2,7 +2,7 @@
 
 Layout below the root, which is a directory or any URL that fsspec can open:
 
-    blobs/sha256/<2 hex>/<64 hex>                       files, by content
+    blobs/, recipes/, layouts/                          the files (shared/files.py)
     models/<name>/<version>/manifest.json               one immutable version
     models/<name>/<version>/profiles/<device kind>.json what a worker measured
     models/<name>/<version>/removed.json                the number was used, and for what
@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
 import structlog
 
-from shared.archive import check_torchscript
 from shared.blobs import BlobStore, BlobWriter, check_digest
 from shared.errors import (
     AlreadyExists,
@@ -36,6 +34,8 @@ from shared.errors import (
     RoostError,
     Unavailable,
 )
+from shared.files import Collected, ModelFiles
+from shared.layout import Extent, Layout
 from shared.manifests import (
     MANIFEST,
     MODELS,
@@ -49,8 +49,10 @@ from shared.manifests import (
     same_manifest,
     split_path,
 )
-from shared.models import Manifest, ModelSpec, Profile
+from shared.models import Format, Manifest, ModelSpec, Profile
 from shared.names import ModelId, check_name, check_version, split_model_id
+from shared.pt2 import check_model, choose
+from shared.sharing import SharedBytes, Sharing
 from shared.storage import open_storage
 from shared.tombstones import Tombstones
 from shared.triton import scan
@@ -64,24 +66,17 @@ _log = structlog.get_logger(__name__)
 _decode_profile = msgspec.json.Decoder(Profile).decode
 
 
-class Collected(msgspec.Struct, frozen=True):
-    """What `collect_garbage` removed."""
-
-    blobs: int
-    blob_bytes: int
-    unfinished_uploads: int
-
-
 class Repository:
     """See the module's text. `url` is a path or an fsspec URL, e.g. `s3://bucket/roost`."""
 
     def __init__(self, url: str) -> None:
         self._storage = open_storage(url)
-        self._blobs = BlobStore(self._storage)
+        self._files = ModelFiles(self._storage)
+        self._sharing = Sharing(self._files.blocks)
         self._tombstones = Tombstones(self._storage)
         self._caches: dict[str, BlobStore] = {}
-        self._checked: set[str] = set()
-        """Digests that this process has found to be TorchScript."""
+        self._checked: dict[str, tuple[Format, ...]] = {}
+        """What files can be run as, by digest, as far as this process has looked."""
         self._decoded: dict[str, tuple[tuple[object, ...], Manifest | None]] = {}
         """Stamp and manifest by path, for listings; None for a broken one."""
 
@@ -100,37 +95,51 @@ class Repository:
 
         Raises `InvalidRequest` when the digest is not the expected one, `TooLarge`.
         """
-        return self._blobs.put(chunks, expect_digest, max_bytes)
+        return self._files.put(chunks, expect_digest, max_bytes)
 
     def open_blob_writer(self, max_bytes: int | None = None) -> BlobWriter:
         """For uploads that come in pieces: `with … as w: w.write(piece); w.commit(expect)`."""
-        return self._blobs.writer(max_bytes)
+        return self._files.writer(max_bytes)
 
     def has_blob(self, digest: str) -> bool:
-        return self._blobs.has(digest)
+        return self._files.has(digest)
 
     def blob_size(self, digest: str) -> int:
         """Bytes; raises `ModelNotFound` when there is no such file."""
-        return self._blobs.size(digest)
+        return self._files.size(digest)
 
     def local_path(self, digest: str, cache_dir: str) -> str:
-        """A verified file on this machine: the repository's own when it is a directory, else
-        a copy below `cache_dir` (same layout, not cleaned up here).
+        """A whole, verified file on this machine: the repository's own when it is a directory
+        that has it in one piece, else a copy below `cache_dir` (same layout, not cleaned up here).
 
         Hashed once per process, its size checked each time. Raises `ModelNotFound` when the
         repository has no such file, `Internal` when it is damaged.
         """
-        path = self._blobs.verified_path(check_digest(digest))
-        if path is not None:
-            return path
-        if not self._blobs.has(digest):
-            raise ModelNotFound(f"the repository has no file {digest}")
+        return self._files.path(check_digest(digest), lambda: self._cache(cache_dir))
+
+    def local_extents(self, digest: str, cache_dir: str) -> tuple[Extent, ...]:
+        """Where the file lies on this machine, verified like `local_path`: as it is in the
+        repository when that is a directory, else in `cache_dir`, to which is copied what other
+        files have not brought there already. Raises what `local_path` raises."""
+        return self._files.extents(check_digest(digest), lambda: self._cache(cache_dir))
+
+    def layout(self, digest: str, cache_dir: str) -> Layout | None:
+        """What is inside a file; None when it is not TorchScript. It is kept beside the file since
+        that was stored; where it is missing or of another version it is made again, which
+        reads the file. Raises what `local_path` raises."""
+        return self._files.layout(check_digest(digest), lambda: self._cache(cache_dir))
+
+    def sharing(self) -> dict[ModelId, SharedBytes]:
+        """How many bytes of each version are its own, and how many another one has too."""
+        return self._sharing.count(self.manifests())
+
+    def _cache(self, cache_dir: str) -> BlobStore:
         cache = self._caches.get(cache_dir)
         if cache is None:
             storage = open_storage(cache_dir, durable=False)
             storage.sweep(min_age_s=60.0)
             cache = self._caches.setdefault(cache_dir, BlobStore(storage))
-        return cache.fetch(digest, self._blobs)
+        return cache
 
     # --- versions -----------------------------------------------------------------------
 
@@ -139,14 +148,16 @@ class Repository:
 
         `version=None` takes the number above all that were ever used, unless the newest version
         is just this already. Registering the same again returns the manifest that is there; a
-        removed version comes back as it was. Raises `AlreadyExists` when the version holds, or
-        held, something else, `InvalidRequest` when the file is not there or not what the spec
-        says it is.
+        removed version comes back as it was. A spec that names no format gets the file's. Raises
+        `AlreadyExists` when the version holds, or held, something else, `InvalidRequest` when
+        the file is not there or not what the spec says it is.
         """
         check_name(name)
         if version is not None:
             version = check_version(version)
-        size = self._check_file(digest)
+        size, formats = self._check_file(digest)
+        said = None if spec.format is msgspec.UNSET else spec.format
+        spec = msgspec.structs.replace(spec, format=choose(formats, said))
         for _ in range(_RACES):
             number = version or self._next_version(name, spec, digest)
             fresh = new_manifest(name, number, spec, digest, size)
@@ -181,7 +192,7 @@ class Repository:
         path = manifest_path(manifest.name, manifest.version)
         # The lock keeps collect_garbage from taking the file in between.
         with self._storage.lock(exclusive=False):
-            self._blobs.touch(manifest.digest)
+            self._files.touch(manifest.digest)
             if self._tombstones.forbid(manifest):
                 raise FileExistsError(path)
             self._storage.create(path, encode_manifest(manifest))
@@ -207,21 +218,20 @@ class Repository:
         # From the same look: an equal version that came since must be met, not passed by.
         return newest if same else check_version(self._unused(name, newest))
 
-    def _check_file(self, digest: str) -> int:
-        """The file's size, once it is known to be what it should be."""
+    def _check_file(self, digest: str) -> tuple[int, tuple[Format, ...]]:
+        """The file's size, and what it can be run as."""
         try:
-            size = self._blobs.size(digest)
-            if digest in self._checked:
-                return size
-            file = self._blobs.open(digest)
+            size = self._files.size(digest)
+            formats = self._checked.get(digest)
+            if formats is None:
+                with self._files.open(digest) as file:
+                    formats = check_model(file)
         except ModelNotFound as error:
             raise _no_upload(digest) from error
-        with file:
-            check_torchscript(file)
         if len(self._checked) >= 100_000:
             self._checked.clear()
-        self._checked.add(digest)
-        return size
+        self._checked[digest] = formats
+        return size, formats
 
     def manifest(self, name: str, version: int | None = None) -> Manifest:
         """One version, None for the highest. Raises `ModelNotFound`; `Internal`, naming the
@@ -302,16 +312,14 @@ class Repository:
             raise ModelNotFound(f"model {name!r} {what}")
 
     def collect_garbage(self, min_age_s: float = 3600.0) -> Collected:
-        """Removes files that no manifest mentions, and uploads whose writer is gone, when they
-        are older than `min_age_s` seconds.
+        """Removes files that no manifest mentions, parts that no file needs, and uploads whose
+        writer is gone, when they are older than `min_age_s` seconds.
 
         A file is stored before its manifest, so `min_age_s` must exceed the time between the
         two. On a directory nothing can be registered meanwhile; a bucket has no lock, so there
         it should run while nobody registers.
         """
-        blobs = size = 0
         with self._storage.lock(exclusive=True):
-            uploads = self._storage.sweep(min_age_s)
             paths = [entry.path for entry in self._storage.find(MODELS, 2, MANIFEST)]
             # Taken from the raw text: a manifest of a newer Roost still keeps its file.
             used = {
@@ -319,15 +327,9 @@ class Repository:
                 for data in self._storage.read_many(paths).values()
                 for mention in _MENTION.findall(data)
             }
-            now = time.time()
-            for digest, entry in self._blobs.entries().items():
-                if digest in used or entry.modified is None or now - entry.modified < min_age_s:
-                    continue
-                self._blobs.remove(digest)
-                self._checked.discard(digest)
-                blobs += 1
-                size += entry.size
-        return Collected(blobs, size, uploads)
+            collected = self._files.collect(used, min_age_s)
+            self._checked.clear()
+        return collected
 
     # --- measurements -------------------------------------------------------------------
 

@@ -42,6 +42,9 @@ class Stage(Protocol):
     """A file being written. One that is forgotten goes away with its object."""
 
     def write(self, data: bytes | memoryview) -> None: ...
+    def reopen(self) -> BinaryIO:
+        """What was written so far, for reading."""
+
     def publish(self, path: str) -> None:
         """Gives the file its name, in place of what may have had it. Durable on return."""
 

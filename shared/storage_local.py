@@ -238,6 +238,10 @@ class LocalStage:
         write_all(self._handle, data)
 
     @translated()
+    def reopen(self) -> BinaryIO:
+        return open(self._path, "rb")
+
+    @translated()
     def publish(self, path: str) -> None:
         self._settle(path, exclusive=False)
 

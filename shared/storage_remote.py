@@ -14,6 +14,7 @@ import uuid
 import weakref
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from shared.storage import TEMPORARY, Entry, translated, write_all
@@ -212,6 +213,11 @@ class RemoteStage:
     @_translated()
     def write(self, data: bytes | memoryview) -> None:
         write_all(self._handle, data)
+
+    @_translated()
+    def reopen(self) -> BinaryIO:
+        # By its number: a duplicate would share its position, and reading is not writing.
+        return Path(f"/proc/self/fd/{self._handle}").open("rb")
 
     def publish(self, path: str) -> None:
         with _translated(), open(self._handle, "rb", closefd=False) as source:

@@ -176,15 +176,16 @@ def spec_from_config(config: dict[str, Any], name: str) -> ModelSpec:
     parameters: dict[str, Scalar] = {
         key: value["string_value"] for key, value in config["parameters"].items()
     }
-    if batching.get("preferred_batch_size"):
-        # Batches are whatever waits when the device frees; kept for whoever reads it.
-        preferred = ",".join(map(str, batching["preferred_batch_size"]))
-        parameters["preferred_batch_size"] = preferred
     return ModelSpec(
         inputs=_tensors("input", config["input"]),
         outputs=_tensors("output", config["output"]),
         max_batch_size=config["max_batch_size"],
         max_queue_delay_us=batching.get("max_queue_delay_microseconds", 0),
+        preferred_batch_size=tuple(sorted(set(batching.get("preferred_batch_size", ())))),
+        # Without levels Triton knows no priorities, whatever it calls the default one.
+        default_priority_level=(
+            batching.get("default_priority_level", 0) if batching.get("priority_levels") else 0
+        ),
         parameters=parameters,
     )
 
@@ -253,6 +254,7 @@ _MESSAGES: Final[dict[str, dict[str, str]]] = {
     "Specific": {"versions": "*int64"},
     "DynamicBatching": {
         "preferred_batch_size": "*int32", "max_queue_delay_microseconds": "uint64",
+        "priority_levels": "uint64", "default_priority_level": "uint64",
     },
     "ParametersEntry": {"key": "string", "value": "Parameter"},
     "Parameter": {"string_value": "string"},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,11 +20,12 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser], u
     push = commands.add_parser(
         "push",
         help="register a model",
-        description="Registers a TorchScript file under a name. Nothing else need be known of "
-        "it; a manifest adds what is: inputs, outputs, batching, target latency.",
+        description="Registers a TorchScript file, a torch.export program or an AOTInductor "
+        "package under a name. Nothing else need be known of it; a manifest adds what is: inputs, "
+        "outputs, batching, target latency.",
     )
     push.add_argument("name")
-    push.add_argument("file", type=Path, metavar="FILE.pt")
+    push.add_argument("file", type=Path, metavar="FILE.pt|FILE.pt2")
     push.add_argument("--manifest", type=Path, metavar="model.json", help="see docs/models.md")
     push.add_argument("--version", help="default: one above the highest")
     _with_url(push, url)
@@ -66,24 +69,31 @@ def run_ls(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(index), indent=2).decode())
         return 0
-    rows = [("MODEL", "VERSION", "STATE", "SIZE", "WHERE")]
+    for line in table(index):
+        print(line)
+    return 0
+
+
+def table(index: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The repository index for people to read. OWN is what only this version has, SHARED is in
+    tensors that another has too; together they are SIZE."""
+    rows: list[tuple[str, ...]] = [("MODEL", "VERSION", "STATE", "SIZE", "OWN", "SHARED", "WHERE")]
     for item in index:
-        size = item.get("size_bytes")
+        sizes = (item.get(name) for name in ("size_bytes", "own_bytes", "shared_bytes"))
         rows.append(
             (
                 str(item["name"]),
                 str(item.get("version", "")),
                 str(item.get("state", "")),
-                show_bytes(float(size)) if size is not None else "",
+                *("" if size is None else show_bytes(float(size)) for size in sizes),
                 str(item.get("reason", "")),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
-    return 0
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def run_rm(arguments: argparse.Namespace) -> int:

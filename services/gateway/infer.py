@@ -151,7 +151,6 @@ class Inference:
         if header_length == 0:
             # Workers need not know of raw requests: this one gets the header that it left out.
             body, header_length = v2.encode_request(request)
-        priority = v2.priority(request.parameters)
         forwarded: dict[str, HeaderValue] = {}
         trace = headers.get(b"traceparent")
         if trace is not None and _TRACEPARENT.match(trace):
@@ -162,8 +161,7 @@ class Inference:
             body=body,
             header_length=header_length,
             deadline=self._deadline(request, headers, started),
-            # The protocol's 1 is the most urgent; in AMQP the greater number is.
-            priority=max(10 - priority, 1) if priority else 0,
+            priority=v2.message_priority(v2.priority(request.parameters)),
             headers=forwarded,
         )
 

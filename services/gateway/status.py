@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import structlog
 
 from services.gateway.core.placement import UNPLACED, Placement, placements
 from shared.catalog import Catalog
-from shared.models import Manifest, TensorSpec
+from shared.models import Format, Manifest, TensorSpec
 from shared.names import ModelId
 from shared.repository import Repository
+from shared.sharing import SharedBytes
 from shared.store.port import Store, StoreUnavailable
 
 log = structlog.get_logger(__name__)
@@ -27,10 +29,14 @@ EXTENSIONS: Final = (
     "binary_tensor_data",
     "model_configuration",
     "parameters",
+    "schedule_policy",
 )
-"""The protocol's extensions that are there, by the names that clients look for. Not
-`schedule_policy`: of its two, timeouts are honoured, but priorities are only carried along."""
-PLATFORM: Final = {"torchscript": "pytorch_libtorch"}
+"""The protocol's extensions that are there, by the names that clients look for."""
+PLATFORM: Final[dict[Format, str]] = {
+    "torchscript": "pytorch_libtorch",
+    "export": "torch_export",
+    "aotinductor": "torch_aoti",
+}
 _REPORTS_TTL_S: Final = 0.5
 """Pollers of readiness must not become load on the store."""
 
@@ -84,7 +90,9 @@ class Status:
         }
         if manifest.max_batch_size:
             config["dynamic_batching"] = {
-                "max_queue_delay_microseconds": manifest.max_queue_delay_us
+                "preferred_batch_size": list(manifest.preferred_batch_size),
+                "max_queue_delay_microseconds": manifest.max_queue_delay_us,
+                "default_priority_level": manifest.default_priority_level,
             }
         return config
 
@@ -101,8 +109,8 @@ class Status:
     async def index(self, *, ready_only: bool) -> list[dict[str, Any]]:
         """The repository index: every version of every model."""
         where = await self._where()
-        manifests = await self._catalog.ids()
-        items = [_index_item(manifest, where) for manifest in manifests]
+        manifests, sharing = await asyncio.gather(self._catalog.ids(), self._catalog.sharing())
+        items = [_index_item(manifest, where, sharing) for manifest in manifests]
         return [item for item in items if not ready_only or item["state"] == "READY"]
 
     async def detail(self, name: str) -> dict[str, Any]:
@@ -110,13 +118,14 @@ class Status:
         await self._catalog.get(name, None)  # raises when there is none
         versions = await asyncio.to_thread(self._repository.versions, name)
         where = await self._where()
+        sharing = await self._catalog.sharing()
         found = []
         for version in versions:
             manifest = await self._catalog.get(name, version)
             place = (where or {}).get(manifest.id, UNPLACED)
             found.append(
                 {
-                    **_index_item(manifest, where),
+                    **_index_item(manifest, where, sharing),
                     "manifest": manifest,
                     "device": place.device,
                     "bound": place.bound,
@@ -139,14 +148,22 @@ class Status:
         return self._placements
 
 
-def _index_item(manifest: Manifest, where: dict[ModelId, Placement] | None) -> dict[str, Any]:
+def _index_item(
+    manifest: Manifest,
+    where: dict[ModelId, Placement] | None,
+    sharing: Mapping[ModelId, SharedBytes],
+) -> dict[str, Any]:
     place = (where or {}).get(manifest.id, UNPLACED)
+    # A version that was registered since the bytes were counted has them to itself so far.
+    divided = sharing.get(manifest.id) or SharedBytes(manifest.size_bytes, 0)
     return {
         "name": manifest.name,
         "version": str(manifest.version),
         "state": "READY" if place.servable else "UNAVAILABLE",
         "reason": str(place) if where is not None else "",
         "size_bytes": manifest.size_bytes,
+        "own_bytes": divided.own_bytes,
+        "shared_bytes": divided.shared_bytes,
     }
 
 

@@ -157,7 +157,7 @@ class Activator:
             known = self._knowledge.active.get(model)
             newest = await self._catalog.get(manifest.name)
             if known is None or not known.declared:
-                sizes = await self._sizes(model)
+                sizes = await self._sizes(manifest)
                 # Before anything is made for it: can it be served at all?
                 self._place(manifest, sizes, dry=True)
                 await self._applier.open_queue(model)
@@ -191,14 +191,15 @@ class Activator:
                 raise from_code(refused.code, f"{manifest.id} cannot be placed: {refused.refusal}")
         return plan
 
-    async def _sizes(self, model: ModelId) -> dict[str, Footprint]:
+    async def _sizes(self, manifest: Manifest) -> dict[str, Footprint]:
         """What was measured of the model on the kinds of device that are there."""
         sizes = {}
         for kind in self._knowledge.device_kinds():
-            profile = await asyncio.to_thread(self._repository.profile, model, kind)
+            profile = await asyncio.to_thread(self._repository.profile, manifest.id, kind)
             if profile is not None:
-                workspace = max(profile.workspace_bytes.values(), default=0)
-                sizes[kind] = Footprint(profile.weights_bytes, workspace)
+                sizes[kind] = Footprint(
+                    profile.weights_bytes, profile.workspace_bytes, pinned=manifest.stateful
+                )
         return sizes
 
     async def _forward(self, model: ModelId, message: Message) -> None:

@@ -8,7 +8,7 @@ from services.placer.core.plan import want
 from services.placer.core.view import ModelView, View
 from services.placer.core.wanted import Wanted
 from services.placer.knowledge import Event, Knowledge
-from shared.models import Manifest
+from shared.models import Footprint, Manifest
 from shared.names import ModelId, model_queue
 
 _EVENTS = 20
@@ -67,6 +67,8 @@ def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
                 "budget_bytes": report.budget_bytes,
                 "used_bytes": report.used_bytes,
                 "measured_bytes": report.measured_bytes,
+                "host_budget_bytes": report.host_budget_bytes,
+                "host_used_bytes": report.host_used_bytes,
                 "engine_up": report.engine_up,
                 "engine_restarts": report.engine_restarts,
                 "draining": report.draining,
@@ -126,12 +128,18 @@ def _seat(view: View, knowledge: Knowledge, worker: str, model: ModelId) -> dict
         "phase": "absent" if report is None else report.phase,
         "bound": report is not None and report.bound,
         "bytes": 0 if report is None else report.footprint.weights_bytes,
+        "shared_bytes": 0 if report is None else _shared(report.footprint),
         "workspace_bytes": 0 if report is None else report.footprint.workspace_bytes,
         "measured": report is not None and report.footprint.measured,
         "held": 0 if report is None else report.held,
         "answered": 0 if report is None else report.answered,
         "error": None if report is None else report.error,
     }
+
+
+def _shared(footprint: Footprint) -> int:
+    """Of its weights, what counts once on a worker however many have it."""
+    return sum(share.nbytes for share in footprint.shares)
 
 
 def _event(event: Event) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from services.placer.core.plan import Plan, Retire
 from services.placer.core.policy import Policy
 from services.placer.core.view import Binding, FleetSince, ModelView, View, WorkerView
 from shared.control import ModelReport, Report
-from shared.fit import used_bytes
+from shared.fit import can_be_served
 from shared.models import Footprint, Manifest
 from shared.names import ModelId, split_model_id
 
@@ -316,7 +316,7 @@ class Knowledge:
         if not failed or report.generation < self.generations.get(report.worker, 0):
             return  # it speaks of an assignment that was changed since
         sizes = [m.footprint for m in report.models if m.model in wanted]
-        if used_bytes(sizes) > report.budget_bytes:
+        if not can_be_served(sizes, report.budget_bytes, report.host_budget_bytes):
             return  # it was measured larger than planned with: the plan makes room, or moves it
         for model in failed:
             self._failures[report.worker, model.model] = _Failure(
@@ -367,6 +367,7 @@ class Knowledge:
             worker=worker,
             device_kind=report.device_kind,
             budget_bytes=report.budget_bytes if report.engine_up else 0,
+            host_bytes=report.host_budget_bytes if report.engine_up else 0,
             takes_new=report.engine_up and not report.draining,
             serves=not (report.draining or down_long),
             assigned=dict(self.assigned.get(worker, {})),

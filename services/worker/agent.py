@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine
-from typing import Any, Final, assert_never
+from typing import Any, Final, NamedTuple, assert_never
 
 import msgspec
 import structlog
 
-from services.worker import wire
+from services.worker import answers, wire
 from services.worker.consume import Consumers
 from services.worker.core.events import (
     Action,
@@ -46,15 +47,22 @@ from services.worker.report import Reporter
 from services.worker.runtime import Runtime
 from services.worker.threads import in_thread
 from shared.errors import InvalidRequest, RoostError
+from shared.layout import Extent, Layout
 from shared.logs import bound
 from shared.models import ModelSpec, Profile
 from shared.names import ModelId, split_model_id
 from shared.repository import Repository
-from shared.tensors import Tensor, split_rows
 
 log = structlog.get_logger(__name__)
 
 _FETCHING_AT_ONCE: Final = 8
+
+
+class _File(NamedTuple):
+    """A model's file, as the engine is told of it."""
+
+    extents: tuple[Extent, ...]
+    layout: Layout | None
 
 
 class Agent:
@@ -78,7 +86,7 @@ class Agent:
         self._metrics = metrics
         self._facts: list[Fact] = []
         self._wake = asyncio.Event()
-        self._paths: dict[ModelId, str] = {}
+        self._files: dict[ModelId, _File] = {}
         self._specs: dict[ModelId, ModelSpec] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._fetching = asyncio.Semaphore(_FETCHING_AT_ONCE)
@@ -155,8 +163,8 @@ class Agent:
                 self._metrics.loads.labels(fact.code).inc()
                 log.warning("load_failed", model=fact.model, code=fact.code, error=fact.message)
             case wire.ModelEvicted():
-                self._metrics.evictions.inc()
-                log.info("model_evicted", model=fact.model)
+                self._metrics.evictions.labels(fact.tier).inc()
+                log.debug("model_evicted", model=fact.model, tier=fact.tier)
             case FetchFailed():
                 log.warning("fetch_failed", model=fact.model, error=fact.message)
             case EngineLost():
@@ -176,18 +184,22 @@ class Agent:
             log.warning("batch_failed", code=fact.code, error=fact.message)
 
     def _loaded(self, fact: wire.ModelLoaded) -> None:
-        manifest = self.core.state.get(fact.model).manifest
-        if manifest is not None:
-            known = fact.inputs or manifest.inputs
-            self._specs[fact.model] = msgspec.structs.replace(manifest, inputs=known)
+        known = self._specs.get(fact.model)
+        if known is not None and fact.inputs:
+            self._specs[fact.model] = msgspec.structs.replace(known, inputs=fact.inputs)
         self._metrics.loads.labels("ok").inc()
-        self._metrics.load_seconds.observe(fact.load_seconds)
-        log.info(
+        self._metrics.load_seconds.labels(fact.source, fact.tier).observe(fact.load_seconds)
+        # A swap is nothing to tell of: there may be hundreds a second.
+        log.log(
+            logging.INFO if fact.source == "disk" else logging.DEBUG,
             "model_loaded",
             model=fact.model,
+            tier=fact.tier,
+            source=fact.source,
+            architecture=fact.architecture,
             weights_bytes=fact.weights_bytes,
-            workspace_bytes=max(fact.workspace_bytes.values(), default=0),
-            seconds=round(fact.load_seconds, 3),
+            workspace_bytes=max((case.workspace_bytes for case in fact.cases), default=0),
+            seconds=round(fact.load_seconds, 4),
         )
 
     # --- actions --------------------------------------------------------------------------
@@ -197,7 +209,7 @@ class Agent:
             case RunBatch():
                 requests = [self.items[item].request for item in action.items]
                 self._batches[action.batch] = action
-                self.runtime.run_batch(action, requests)
+                self.runtime.run_batch(action, requests, self.spec_of(action.model))
                 self._metrics.batch_rows.observe(action.rows)
             case Answer():
                 self._answer(action)
@@ -212,13 +224,9 @@ class Agent:
             case FetchModel():
                 self._begin(self._fetch(action.model), f"fetch {action.model}")
             case LoadModel():
-                manifest = self.core.state.get(action.model).manifest
-                assert manifest is not None, "only what was fetched is loaded"
-                self.runtime.load(
-                    action.model, self._paths[action.model], manifest, action.warm_rows
-                )
+                self._load(action)
             case EvictModel():
-                self.runtime.evict(action.model)
+                self.runtime.evict(action.model, action.tier)
             case StartConsumer():
                 self.consumers.start(action)
             case StopConsumer():
@@ -228,7 +236,7 @@ class Agent:
             case KillEngine():
                 self.runtime.kill(action.reason)
             case ForgetModel():
-                self._paths.pop(action.model, None)
+                self._files.pop(action.model, None)
                 self._specs.pop(action.model, None)
             case KeepProfile():
                 self._begin(self._keep(action.model, action.profile), f"keep {action.model}")
@@ -238,12 +246,26 @@ class Agent:
             case _:
                 assert_never(action)
 
+    def _load(self, action: LoadModel) -> None:
+        manifest, file = self.core.state.get(action.model).manifest, self._files[action.model]
+        assert manifest is not None, "only what was fetched is loaded"
+        self.runtime.load(
+            action.model,
+            file.extents,
+            manifest,
+            file.layout,
+            action.warm,
+            action.tier,
+            keep_host=action.keep_host,
+        )
+
     def _answer(self, action: Answer) -> None:
         now = time.monotonic()
         rows = sum(action.item_rows)
         outputs = self.runtime.outputs(action.batch)
+        requests = [self.items[item].request for item in action.items]
         try:
-            parts = [outputs] if action.whole else _split(outputs, action.item_rows)
+            parts = answers.parts(outputs, action, requests, self.spec_of(action.model))
         except (ValueError, IndexError, InvalidRequest) as error:
             # The model gave other rows than it got, or BYTES that are not: nobody can tell
             # which are whose.
@@ -262,15 +284,17 @@ class Agent:
     async def _fetch(self, model: ModelId) -> None:
         device_kind = self.core.state.device_kind
 
-        def fetch() -> tuple[ModelFetched, str]:
+        def fetch() -> tuple[ModelFetched, _File]:
             manifest = self._repository.manifest(*split_model_id(model))
-            path = self._repository.local_path(manifest.digest, self._cache_dir)
+            extents = self._repository.local_extents(manifest.digest, self._cache_dir)
+            layout = self._repository.layout(manifest.digest, self._cache_dir)
             profile = self._repository.profile(model, device_kind)
-            return ModelFetched(model, manifest, profile), path
+            return ModelFetched(model, manifest, profile, layout), _File(extents, layout)
 
         try:
             async with self._fetching:
-                fetched, self._paths[model] = await in_thread(fetch, f"fetch {model}")
+                fetched, self._files[model] = await in_thread(fetch, f"fetch {model}")
+            self._specs[model] = fetched.manifest
         except (RoostError, OSError) as error:
             self.tell(FetchFailed(model, str(error)))
         except Exception as error:
@@ -297,10 +321,3 @@ class Agent:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("task_failed", task=task.get_name(), error=repr(error))
-
-
-def _split(outputs: list[Tensor], rows: tuple[int, ...]) -> list[list[Tensor]]:
-    """Each item's rows of every output. Raises `ValueError` when they do not add up, and
-    `InvalidRequest` or `IndexError` when BYTES are malformed or fewer than their shape says."""
-    pieces = [split_rows(tensor, rows) for tensor in outputs]
-    return [[of_output[index] for of_output in pieces] for index in range(len(rows))]

@@ -18,6 +18,7 @@ from services.worker.consume import Consumers
 from services.worker.core.events import EngineStarted
 from services.worker.core.worker import WorkerCore
 from services.worker.follow import Follower
+from services.worker.hostmemory import available_bytes
 from services.worker.http import Readiness, serving
 from services.worker.launch import Launch, launcher
 from services.worker.metrics import Metrics
@@ -61,6 +62,7 @@ async def run(
     if not budget:
         capacity = await asyncio.to_thread(devices.capacity_bytes, device)
         budget = max(capacity - parse_bytes(config.headroom_bytes), 1)
+    host_bytes = await asyncio.to_thread(host_budget, config, device, budget)
     broker = broker or open_broker(config.amqp_url, f"worker-{worker}")
     store = store or open_store(config.redis_url)
     repository = Repository(config.repository_url)
@@ -68,12 +70,14 @@ async def run(
     core = WorkerCore(
         max_held_bytes=parse_bytes(config.max_held_bytes),
         max_bytes_under_way=parse_bytes(config.inbox_bytes) // 2,
+        share=config.share_tensors,
         batch_timeout_s=config.batch_timeout_s,
         load_timeout_s=config.load_timeout_s,
     )
     agent = Agent(core, repository, config.cache, metrics)
     readiness = Readiness(broker, config.report_ttl_s)
     teller = Teller(core, worker, uuid.uuid4().hex, budget, metrics, on_ready)
+    teller.host_budget_bytes = host_bytes
 
     def engine_started(started: wire.EngineStarted, pid: int) -> None:
         # The agent's sum is of models: the engine's own share is not theirs to fill.
@@ -88,9 +92,10 @@ async def run(
             device=started.device_name,
             torch=started.torch_version,
             budget_bytes=given,
+            host_budget_bytes=host_bytes,
             base_bytes=started.base_bytes,
         )
-        agent.tell(EngineStarted(given, started.device_kind))
+        agent.tell(EngineStarted(given, started.device_kind, host_bytes))
 
     def report_sent(report: Report) -> None:
         readiness.sent(report)
@@ -104,12 +109,16 @@ async def run(
         on_sent=report_sent,
     )
     agent.runtime = Runtime(
-        launch or launcher(device, budget, config.threads),
+        launch
+        or launcher(
+            device, budget, config.threads, host_bytes=host_bytes, share=config.share_tensors
+        ),
         agent.tell,
         engine_started,
         inbox_bytes=parse_bytes(config.inbox_bytes),
         outbox_bytes=parse_bytes(config.outbox_bytes),
     )
+    teller.memory = lambda: agent.runtime.memory
     agent.replier = Replier(broker, agent.settled, metrics, timeout_s=config.publish_timeout_s)
     agent.consumers = Consumers(broker, agent.items, agent.spec_of, agent.tell)
     follower = Follower(store, worker, agent.tell)
@@ -147,6 +156,15 @@ async def run(
         await broker.close()
         await store.close()
         log.info("worker_stopped", worker=worker)
+
+
+def host_budget(config: WorkerConfig, device: str, budget_bytes: int) -> int:
+    """What copies may take of the host's memory, by the configuration."""
+    if config.host_bytes != "auto":
+        return parse_bytes(config.host_bytes)
+    if device == "cpu":
+        return 0
+    return min(available_bytes() // 2, 8 * budget_bytes)
 
 
 async def _leave(

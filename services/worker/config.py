@@ -25,6 +25,14 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
     headroom_bytes: int | str = "1GiB"
     """Left alone when the budget follows from the device: for the context, for fragments of
     the allocator, and for whoever else is there."""
+    host_bytes: int | str = "auto"
+    """What copies of weights may take of the host's memory, from where a model is swapped in: so
+    much may be assigned beyond the device's budget. `auto`: on a GPU half of the memory that is
+    free, at most eight times the budget; on a CPU 0, since there the system's page cache is that
+    tier already."""
+    share_tensors: bool = True
+    """Tensors that several models have in common are kept once in each tier. Models that write to
+    their weights never share."""
     threads: int = 1
     """CPU threads of one operator in the engine. Several workers share a machine's cores better
     with one each."""
@@ -62,6 +70,11 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
                 parse_bytes(getattr(self, name))
             except ValueError as error:
                 raise ConfigError(f"ROOST_WORKER_{name.upper()}: {error}") from None
+        if self.host_bytes != "auto":
+            try:
+                parse_bytes(self.host_bytes)
+            except ValueError as error:
+                raise ConfigError(f"ROOST_WORKER_HOST_BYTES: {error}, or auto") from None
         if not _DEVICE.match(self.device):
             raise ConfigError(
                 f"ROOST_WORKER_DEVICE={self.device!r}: auto, cpu, cuda or cuda:<n> is expected"

@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from services.worker.wire import MemoryMeasured
 from shared.config import ConfigError
 
 log = structlog.get_logger(__name__)
@@ -50,10 +51,15 @@ class Meter:
         self._pid = pid
         self._base_bytes = base_bytes
 
-    def models_bytes(self) -> int:
-        """Bytes in use beyond the engine's own. On a GPU that includes other processes' models:
-        it is the device that is full or not. 0 when it cannot be measured (now)."""
+    def models_bytes(self, told: MemoryMeasured | None = None) -> int:
+        """Bytes in use beyond the engine's own, less what it has `told` that it keeps reserved
+        and holds nothing. On a GPU that includes other processes' models: it is the device that
+        is full or not. 0 when it cannot be measured (now)."""
         used = _gpu_used(self._uuid) if self._uuid else _resident_bytes(self._pid)
+        if told is not None:
+            used -= told.spare_bytes
+            if not self._uuid:  # the host tier lies in the same memory
+                used -= told.host_bytes + told.host_spare_bytes
         return max(used - self._base_bytes, 0)
 
 
@@ -66,14 +72,14 @@ def _gpu_used(uuid: str) -> int:
 
 
 def _resident_bytes(pid: int) -> int:
-    """The resident set without the shared regions, which are the agent's as well."""
-    found = {"VmRSS": 0, "RssShmem": 0}
+    """The process' own pages: neither the shared regions, which are the agent's as well, nor
+    libraries. 0 when the system does not tell."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
-            if name in found:
-                found[name] = int(value.split()[0]) * 1024
-    return found["VmRSS"] - found["RssShmem"]
+            if name == "RssAnon":
+                return int(value.split()[0]) * 1024
+    return 0
 
 
 def _machine_bytes() -> int:

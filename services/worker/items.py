@@ -12,14 +12,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from services.worker.columns import length_of
 from services.worker.core.events import Fault, Item, ItemArrived, Kind
 from shared.broker.port import Delivery, Message
 from shared.errors import InvalidRequest, RoostError
-from shared.models import ModelSpec
+from shared.models import ModelSpec, Padding
 from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId, reply_to_allowed
-from shared.v2 import InferRequest, check_inputs, decode_request, parse_header_length, timeout_us
+from shared.tensors import Tensor
+from shared.v2 import (
+    InferRequest,
+    check_inputs,
+    decode_request,
+    parse_header_length,
+    priority,
+    priority_level,
+    timeout_us,
+)
 
 _NO_CORRELATION: Final = "no correlation_id"
+_ORDINARY_LEVEL: Final = 5
+"""Of a request that names no priority, where the model says nothing of it: the middle of nine."""
+_MOST_LEVELS: Final = 9
+"""That a request may be above or below an ordinary one."""
 
 
 @dataclass(slots=True)
@@ -67,6 +81,8 @@ class Items:
         message = delivery.message
         unanswerable = _unanswerable(delivery)
         request, rows, deadline, fault = InferRequest(), 1, None, None
+        kind: Kind = ()
+        length = urgency = 0
         if unanswerable is None:
             try:
                 request = decode_request(
@@ -74,6 +90,9 @@ class Items:
                 )
                 deadline = _deadline(message, request, now, wall)
                 rows = check_inputs(request, spec)
+                kind = _kind(request, spec)
+                length = length_of(request, spec.padding) if spec.padding is not None else 0
+                urgency = _urgency(message, request, spec)
             except RoostError as error:
                 fault = Fault(error.code, str(error))
         elif unanswerable == _NO_CORRELATION:
@@ -86,10 +105,12 @@ class Items:
             model=model,
             subscription=subscription,
             rows=rows,
-            kind=_kind(request, spec),
+            kind=kind,
             nbytes=max(sum(len(t.data) for t in request.inputs), len(message.body)),
             arrived=now,
             deadline=deadline,
+            priority=urgency,
+            length=length,
         )
         self._held[item.item] = Held(item, delivery, request, fault)
         return ItemArrived(item, fault, unanswerable)
@@ -132,4 +153,24 @@ def _deadline(message: Message, request: InferRequest, now: float, wall: float) 
 def _kind(request: InferRequest, spec: ModelSpec) -> Kind:
     if not spec.max_batch_size:
         return ()
-    return tuple(sorted((t.name, t.datatype, t.shape[1:]) for t in request.inputs))
+    if spec.padding is None:
+        return tuple(sorted((t.name, t.datatype, t.shape[1:]) for t in request.inputs))
+    padding = spec.padding
+    return tuple(sorted((t.name, t.datatype, _padded_shape(t, padding)) for t in request.inputs))
+
+
+def _padded_shape(tensor: Tensor, padding: Padding) -> tuple[int, ...]:
+    dimension = padding.inputs.get(tensor.name)
+    if dimension is None:
+        return tensor.shape[1:]
+    return (*tensor.shape[1 : dimension + 1], -1, *tensor.shape[dimension + 2 :])
+
+
+def _urgency(message: Message, request: InferRequest, spec: ModelSpec) -> int:
+    """Levels above an ordinary request of the model. What stands in the request itself counts
+    before the message's property, which a gateway derives from it."""
+    level = priority(request.parameters) or priority_level(message.priority)
+    if not level:
+        return 0
+    ordinary = spec.default_priority_level or _ORDINARY_LEVEL
+    return max(-_MOST_LEVELS, min(ordinary - level, _MOST_LEVELS))

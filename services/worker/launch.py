@@ -1,4 +1,4 @@
-"""Starting an engine: a process with three descriptors of ours, and no credential."""
+"""Starting an engine: a process with four descriptors of ours, and no credential."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import IO, Final, Protocol
 
 import structlog
 
@@ -24,6 +24,8 @@ _KEPT: Final = (
 )  # fmt: skip
 _KEPT_PREFIXES: Final = ("CUDA_", "NVIDIA_", "MALLOC_", "OMP_", "MKL_", "PYTORCH_", "TORCH_")
 _PR_SET_DUMPABLE: Final = 4
+_LAST_OUTPUT_S: Final = 1.0
+"""For what was printed just before the end."""
 _ROOT: Final = Path(__file__).parents[2]
 
 
@@ -39,8 +41,9 @@ class EngineProcess(Protocol):
         """At once. Nothing when it has ended already."""
 
 
-Launch = Callable[[socket.socket, Arena, Arena], Awaitable[EngineProcess]]
-"""Starts an engine on its end of the control socket, the inbox and the outbox."""
+Launch = Callable[[socket.socket, socket.socket, Arena, Arena], Awaitable[EngineProcess]]
+"""Starts an engine on its ends of the two sockets (about models, about batches), the inbox and
+the outbox."""
 
 
 def hide_from_engines() -> None:
@@ -67,53 +70,87 @@ def engine_environment(threads: int) -> dict[str, str]:
     return defaults | kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
-def launcher(device: str, budget_bytes: int, threads: int) -> Launch:
-    """Starts `python -m services.worker.engine`."""
+def launcher(
+    device: str, budget_bytes: int, threads: int, *, host_bytes: int = 0, share: bool = True
+) -> Launch:
+    """Starts `python -m services.worker.engine`. `host_bytes` is for weights that wait in the
+    host's memory; with `share`, models that have a tensor in common keep one copy."""
 
-    async def launch(control: socket.socket, inbox: Arena, outbox: Arena) -> EngineProcess:
-        process = await asyncio.create_subprocess_exec(
+    async def launch(
+        control: socket.socket, batches: socket.socket, inbox: Arena, outbox: Arena
+    ) -> EngineProcess:
+        return await start(
             sys.executable, "-m", "services.worker.engine",
             "--control-fd", str(control.fileno()),
+            "--batch-fd", str(batches.fileno()),
             "--inbox-fd", str(inbox.fd),
             "--outbox-fd", str(outbox.fd),
             "--device", device,
             "--budget-bytes", str(budget_bytes),
+            "--host-bytes", str(host_bytes),
+            "--share", str(int(share)),
             "--threads", str(threads),
-            pass_fds=(control.fileno(), inbox.fd, outbox.fd),
+            pass_fds=(control.fileno(), batches.fileno(), inbox.fd, outbox.fd),
             env=engine_environment(threads),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        return _Process(process)
 
     return launch
 
 
+async def start(
+    *command: str, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None
+) -> EngineProcess:
+    """Starts a process whose output becomes log lines. Raises `OSError`."""
+    # A pipe of our own: with asyncio's a process has not ended before the pipe has, and a
+    # process that a model left behind may hold it.
+    ours, theirs = os.pipe()
+    output = os.fdopen(ours, "rb", buffering=0)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            pass_fds=pass_fds,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+    except BaseException:
+        output.close()
+        raise
+    finally:
+        os.close(theirs)
+    return _Process(process, output)
+
+
 class _Process:
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, output: IO[bytes]) -> None:
         self._process = process
         self.pid = process.pid
-        self._listening = asyncio.create_task(self._listen(), name=f"engine {self.pid} output")
+        listening = self._listen(output)
+        self._listening = asyncio.create_task(listening, name=f"engine {self.pid} output")
 
     async def wait(self) -> int:
         status = await self._process.wait()
-        await self._listening
+        await asyncio.wait((self._listening,), timeout=_LAST_OUTPUT_S)
+        self._listening.cancel()
         return status
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
-    async def _listen(self) -> None:
+    async def _listen(self, output: IO[bytes]) -> None:
         """What the engine, or a model in it, prints becomes log lines."""
-        stream = self._process.stdout
-        assert stream is not None
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), output
+        )
         pending = b""
-        while chunk := await stream.read(1 << 16):
-            *lines, pending = (pending + chunk)[-(1 << 16) :].split(b"\n")
-            for line in lines:
-                self._log(line)
+        with contextlib.closing(transport):
+            while chunk := await stream.read(1 << 16):
+                *lines, pending = (pending + chunk)[-(1 << 16) :].split(b"\n")
+                for line in lines:
+                    self._log(line)
         self._log(pending)
 
     def _log(self, line: bytes) -> None:

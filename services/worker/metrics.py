@@ -56,12 +56,17 @@ class Metrics:
         )
         self.load_seconds = Histogram(
             "roost_worker_load_seconds",
-            "Seconds per load.",
+            "Seconds per load, by where the weights came from and went to. From the host to the "
+            "device it is a swap.",
+            ["source", "tier"],
             registry=registry,
             buckets=_SECONDS,
         )
         self.evictions = Counter(
-            "roost_worker_evictions_total", "Models evicted.", registry=registry
+            "roost_worker_evictions_total",
+            "Models evicted, by the tier that they left.",
+            ["tier"],
+            registry=registry,
         )
         self.engine_restarts = Counter(
             "roost_worker_engine_restarts_total", "Engines lost.", registry=registry
@@ -82,8 +87,38 @@ class Metrics:
             "Measured less sum: what our accounting misses.",
             registry=registry,
         )
+        self.spare_bytes = Gauge(
+            "roost_worker_device_spare_bytes",
+            "What the engine has reserved for models and holds nothing now; not in the measured.",
+            registry=registry,
+        )
+        self.shared_bytes = Gauge(
+            "roost_worker_shared_bytes",
+            "What would be taken more if models shared no tensors, by tier.",
+            ["tier"],
+            registry=registry,
+        )
+        self.host_budget_bytes = Gauge(
+            "roost_worker_host_budget_bytes",
+            "What copies of weights may take of the host's memory.",
+            registry=registry,
+        )
+        self.host_used_bytes = Gauge(
+            "roost_worker_host_used_bytes", "What they take, by our sum.", registry=registry
+        )
+        self.host_measured_bytes = Gauge(
+            "roost_worker_host_measured_bytes",
+            "What they take, as the engine tells.",
+            registry=registry,
+        )
         self.held_bytes = Gauge(
             "roost_worker_held_bytes", "Bytes of requests not settled.", registry=registry
+        )
+        self.models = Gauge(
+            "roost_worker_models",
+            "Models by the fastest tier that they are in; what is on disk only is not counted.",
+            ["tier"],
+            registry=registry,
         )
         self.models_ready = Gauge(
             "roost_worker_models_ready", "Models on the device.", registry=registry
@@ -94,7 +129,7 @@ class Metrics:
         if late:
             self.late.inc()
 
-    def memory(self, budget: int, used: int, measured: int) -> None:
+    def device(self, budget: int, used: int, measured: int) -> None:
         self.budget_bytes.set(budget)
         self.used_bytes.set(used)
         self.measured_bytes.set(measured)

@@ -1,7 +1,7 @@
 """Drives the engine: starts it, feeds it through shared memory, starts another when it dies.
 
 The runtime decides nothing: it tells the core what happened and does what the core wants. Each
-life of an engine has its own socket and its own regions, so nothing of a dead one can be read.
+life of an engine has its own sockets and its own regions, so nothing of a dead one can be read.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import contextlib
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import msgspec
 import structlog
 
-from services.worker import wire
-from services.worker.arena import ALIGNMENT, Allocator, Arena, aligned
+from services.worker import columns, wire
+from services.worker.arena import ALIGNMENT, Allocator, Arena
+from services.worker.columns import Column
 from services.worker.core.events import EngineLost, Fact, RunBatch
+from services.worker.frames import BadFrame
 from services.worker.launch import EngineProcess, Launch
-from shared.models import Datatype, Manifest
+from services.worker.line import Line
+from shared.layout import Extent, Layout
+from shared.models import Manifest, ModelSpec
 from shared.names import ModelId
 from shared.supervise import Backoff
 from shared.tensors import ITEMSIZE, Tensor, nbytes
@@ -43,23 +48,63 @@ class _Life:
         self.outbox = Arena.create("roost-outbox", outbox_bytes)
         self.room = Allocator(self.inbox.capacity)
         self.blocks: dict[int, int] = {}
-        """Offset of a batch's inputs in the inbox."""
-        self.waiting: deque[tuple[RunBatch, Sequence[InferRequest]]] = deque()
+        """Offset of the inputs in the inbox, of each batch in the engine."""
+        self.waiting: deque[tuple[RunBatch, list[Column]]] = deque()
         """For room in the inbox."""
         self.process: EngineProcess | None = None
-        self.writer: asyncio.StreamWriter | None = None
+        self.control: Line | None = None
+        self.batches: Line | None = None
         self.started: wire.EngineStarted | None = None
-        self.killed: str | None = None
-        """Why we ended it."""
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Why it ended."""
+        self.last_words = ""
+        self._released: list[int] = []
+        self._unsent = bytearray()
+        self._flushing = False
 
     def send(self, command: wire.Command) -> None:
-        if self.writer is not None and not self.writer.is_closing():
-            self.writer.write(wire.pack(command))
+        if self.control is not None:
+            self.control.send(wire.pack(command))
+
+    def send_batch(self, command: wire.RunBatch) -> None:
+        """At once if the engine has nothing to do. Else with what else this turn of the event
+        loop brings, in one piece: each piece costs both sides a wake-up."""
+        self._unsent += wire.pack(command)
+        if len(self.blocks) > 1:
+            self._flush_soon()
+        else:
+            self._flush()
+
+    def release(self, batches: Iterable[int]) -> None:
+        self._released += batches
+        if self.blocks:  # else nobody waits for the room, and the next batch tells
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        frames = bytes(self._unsent)
+        self._unsent.clear()
+        if self._released:
+            frames = wire.pack(wire.Release(tuple(self._released))) + frames
+            self._released.clear()
+        if frames and self.batches is not None:
+            self.batches.send(frames)
+
+    def fail(self, reason: str) -> None:
+        """The first reason counts."""
+        if not self.over.done():
+            self.over.set_result(reason)
 
     async def end(self) -> int | None:
         """The exit status."""
-        if self.writer is not None:
-            self.writer.close()
+        for line in (self.control, self.batches):
+            if line is not None:
+                line.close()
         status = None
         if self.process is not None:
             self.process.kill()
@@ -92,35 +137,44 @@ class Runtime:
         self._life: _Life | None = None
         self._ran: dict[int, tuple[_Life, list[Tensor]]] = {}
         self._stopping = False
+        self.memory: wire.MemoryMeasured | None = None
+        """What the engine last said of its memory; None before its first word."""
 
     # --- what the core wants --------------------------------------------------------------
 
     def load(
-        self, model: ModelId, path: str, manifest: Manifest, warm_rows: tuple[int, ...]
+        self,
+        model: ModelId,
+        file: tuple[Extent, ...],
+        manifest: Manifest,
+        layout: Layout | None = None,
+        warm: tuple[wire.WarmUp, ...] = (),
+        tier: Literal["host", "device"] = "device",
+        *,
+        keep_host: bool = False,
     ) -> None:
-        self._send(wire.LoadModel(model, path, manifest, warm_rows))
+        self._send(wire.LoadModel(model, file, manifest, layout, warm, tier, keep_host))
 
-    def evict(self, model: ModelId) -> None:
-        self._send(wire.EvictModel(model))
+    def evict(self, model: ModelId, tier: Literal["host", "device"] = "device") -> None:
+        self._send(wire.EvictModel(model, tier))
 
-    def run_batch(self, order: RunBatch, requests: Sequence[InferRequest]) -> None:
+    def run_batch(self, order: RunBatch, requests: Sequence[InferRequest], spec: ModelSpec) -> None:
         """Copies the inputs into the inbox, the rows of several requests one after the other,
         and hands the batch over; as soon as there is room, and in order."""
         life = self._life
         if life is None:
             return  # the engine died meanwhile: the core is about to hear of it
-        life.waiting.append((order, requests))
+        life.waiting.append((order, columns.gather(requests, spec.padding, order.size)))
         self._hand_over(life)
 
     def kill(self, reason: str) -> None:
         """Ends the engine at once, and only it: `EngineLost` follows, then another engine."""
         life = self._life
-        if life is None or life.process is None or life.writer is None:
+        if life is None or life.process is None or life.control is None:
             return  # it is ending, or has not begun
-        life.killed = reason
         life.process.kill()
-        # A process that a model left behind may hold the other end: do not wait for it.
-        life.writer.transport.abort()
+        # A process that a model left behind may hold the other ends: do not wait for it.
+        life.fail(reason)
 
     def outputs(self, batch: int) -> list[Tensor]:
         """Views into the outbox of a batch that ran, valid until `release`, even if the engine
@@ -131,9 +185,10 @@ class Runtime:
         """All outputs told of so far have been copied, or nobody wants them."""
         if not self._ran:
             return
-        batches = tuple(batch for batch, (life, _) in self._ran.items() if life is self._life)
+        life = self._life
+        if life is not None:
+            life.release(batch for batch, (of, _) in self._ran.items() if of is life)
         self._ran.clear()
-        self._send(wire.Release(batches))
 
     def _send(self, command: wire.Command) -> None:
         if self._life is not None:
@@ -151,9 +206,8 @@ class Runtime:
             except OSError as error:
                 reason = f"could not be started: {error}"
             finally:
-                self._life = None
+                self._life = self.memory = None
                 status = await asyncio.shield(life.end())
-            reason = life.killed or reason
             if self._stopping:
                 await asyncio.Event().wait()  # for whoever cancels this task
             log.error("engine_lost", reason=reason, status=status)
@@ -176,44 +230,39 @@ class Runtime:
 
     async def _live(self, life: _Life) -> str:
         """Until the engine ends, however it does; says why."""
-        ours, theirs = socket.socketpair()
+        control, their_control = socket.socketpair()
+        batches, their_batches = socket.socketpair()
         try:
-            life.process = await self._launch(theirs, life.inbox, life.outbox)
+            life.process = await self._launch(their_control, their_batches, life.inbox, life.outbox)
         except BaseException:
-            ours.close()
+            control.close()
+            batches.close()
             raise
         finally:
-            theirs.close()
-        reader, life.writer = await asyncio.open_unix_connection(sock=ours)
-        reason = "it ended"
-        buffer = bytearray()
-        while True:
-            timeout = None if life.started else _START_TIMEOUT_S
-            try:
-                async with asyncio.timeout(timeout):
-                    chunk = await reader.read(1 << 18)
-            except TimeoutError:
-                return f"it did not start within {_START_TIMEOUT_S:.0f} s"
-            except ConnectionError as error:
-                return str(error)
-            if not chunk:
-                return reason
-            buffer += chunk
-            try:
-                for event in _events(buffer):
-                    if isinstance(event, wire.EngineFailed):
-                        reason = event.message
-                    else:
-                        self._heard(life, event)
-            except (msgspec.MsgspecError, _NotAnEngine) as error:
-                return f"it speaks nonsense: {error}"
+            their_control.close()
+            their_batches.close()
+
+        def heard(body: memoryview) -> None:
+            self._heard(life, wire.unpack_event(body))
+
+        def broken(error: Exception | None) -> None:
+            self._broken(life, error)
+
+        life.control = Line(control, heard, broken)
+        life.batches = Line(batches, heard, broken)
+
+        def late() -> None:
+            if life.started is None:
+                life.fail(f"it did not start within {_START_TIMEOUT_S:.0f} s")
+
+        timer = asyncio.get_running_loop().call_later(_START_TIMEOUT_S, late)
+        try:
+            return await life.over
+        finally:
+            timer.cancel()
 
     def _heard(self, life: _Life, event: wire.Event) -> None:
         match event:
-            case wire.EngineStarted():
-                life.started = event
-                assert life.process is not None
-                self._on_started(event, life.process.pid)
             case wire.BatchRan():
                 self._free(life, event.batch)
                 outputs = [_output(ref, life.outbox.view) for ref in event.outputs]
@@ -224,8 +273,26 @@ class Runtime:
                 self._tell(event)
             case wire.ModelLoaded() | wire.LoadFailed() | wire.ModelEvicted():
                 self._tell(event)
-            case _:
-                log.debug("engine_event", event=event)
+            case wire.MemoryMeasured():
+                self.memory = event
+            case wire.EngineStarted():
+                life.started = event
+                assert life.process is not None
+                self._on_started(event, life.process.pid)
+            case wire.EngineFailed():
+                life.last_words = event.message
+
+    def _broken(self, life: _Life, error: Exception | None) -> None:
+        """One of the sockets is of no use any more, and so is the engine. What it had said on
+        the other one before still counts."""
+        if isinstance(error, BadFrame | msgspec.MsgspecError):
+            life.fail(f"it speaks nonsense: {error}")
+        elif error is not None and not isinstance(error, OSError) and not life.over.done():
+            life.over.set_exception(error)  # our own fault
+        for line in (life.control, life.batches):
+            if line is not None and not life.over.done():
+                line.read_rest()
+        life.fail(life.last_words or "it ended")
 
     # --- the inbox ------------------------------------------------------------------------
 
@@ -234,13 +301,13 @@ class Runtime:
         if offset is None:
             raise _NotAnEngine(f"batch {batch} is not under way")
         life.room.free(offset)
-        self._hand_over(life)
+        if life.waiting:
+            self._hand_over(life)
 
     def _hand_over(self, life: _Life) -> None:
         while life.waiting:
-            order, requests = life.waiting[0]
-            columns = _columns(requests)
-            size = sum(aligned(sum(len(data) for data in column)) for *_, column in columns)
+            order, inputs = life.waiting[0]
+            size = columns.nbytes(inputs)
             if size > life.room.capacity:
                 life.waiting.popleft()
                 message = f"its inputs have {size:,} bytes, the inbox {life.room.capacity:,}"
@@ -251,59 +318,13 @@ class Runtime:
                 return
             life.waiting.popleft()
             life.blocks[order.batch] = offset
-            refs = _copy(columns, life.inbox.view, offset)
-            life.send(wire.RunBatch(order.batch, order.model, order.rows, refs))
+            refs = columns.copy(inputs, life.inbox.view, offset)
+            command = wire.RunBatch(order.batch, order.model, order.rows, refs, order.size)
+            life.send_batch(command)
 
 
-class _NotAnEngine(Exception):
+class _NotAnEngine(BadFrame):
     """What came over the socket cannot be true: the engine's memory is not to be trusted."""
-
-
-_Column = tuple[str, Datatype, tuple[int, ...], list[bytes | memoryview]]
-"""Name, datatype, shape, and the pieces of one input of a batch."""
-
-
-def _columns(requests: Sequence[InferRequest]) -> list[_Column]:
-    """The inputs of a batch. Several requests have the same inputs, in whatever order, and
-    each a first dimension of rows."""
-    first, *others = requests
-    if not others:
-        return [(t.name, t.datatype, t.shape, [t.data]) for t in first.inputs]
-    by_name = [{tensor.name: tensor for tensor in request.inputs} for request in others]
-    columns: list[_Column] = []
-    for tensor in first.inputs:
-        same = [tensor, *(inputs[tensor.name] for inputs in by_name)]
-        shape = (sum(each.shape[0] for each in same), *tensor.shape[1:])
-        columns.append((tensor.name, tensor.datatype, shape, [each.data for each in same]))
-    return columns
-
-
-def _copy(columns: list[_Column], view: memoryview, offset: int) -> tuple[wire.TensorRef, ...]:
-    refs = []
-    for name, datatype, shape, pieces in columns:
-        at = offset
-        for data in pieces:
-            view[at : at + len(data)] = data
-            at += len(data)
-        refs.append(wire.TensorRef(name, datatype, shape, offset, at - offset))
-        offset += aligned(at - offset)
-    return tuple(refs)
-
-
-def _events(buffer: bytearray) -> list[wire.Event]:
-    """Takes the whole frames out of the buffer."""
-    events: list[wire.Event] = []
-    start = 0
-    while len(buffer) - start >= 4:
-        end = start + 4 + int.from_bytes(buffer[start : start + 4], "little")
-        if end - start - 4 > wire.MAX_FRAME:
-            raise _NotAnEngine(f"a frame of {end - start - 4:,} bytes")
-        if len(buffer) < end:
-            break
-        events.append(wire.unpack_event(bytes(buffer[start + 4 : end])))
-        start = end
-    del buffer[:start]
-    return events
 
 
 def _output(ref: wire.TensorRef, view: memoryview) -> Tensor:

@@ -27,6 +27,9 @@ class Teller:
         on_ready: Callable[[str], None] | None,
     ) -> None:
         self.budget_bytes = budget_bytes
+        self.host_budget_bytes = 0
+        self.memory: Callable[[], wire.MemoryMeasured | None] = lambda: None
+        """What the engine last said of its memory."""
         self.meter: Meter | None = None
         self.started: wire.EngineStarted | None = None
         self._core = core
@@ -40,10 +43,10 @@ class Teller:
         core, state = self._core, self._core.state
         self._seq += 1
         used = state.used_bytes()
-        measured = self.meter.models_bytes() if self.meter and state.engine_up else 0
-        self._metrics.memory(self.budget_bytes, used, measured)
-        self._metrics.models_ready.set(sum(m.stage == "ready" for m in state.residents()))
-        self._metrics.held_bytes.set(core.held_bytes)
+        told = self.memory() if state.engine_up else None
+        measured = self.meter.models_bytes(told) if self.meter and state.engine_up else 0
+        models = core.reports()
+        self._count(models, used, measured, told)
         wall, now = time.time(), time.monotonic()
         return Report(
             worker=self._worker,
@@ -55,13 +58,34 @@ class Teller:
             budget_bytes=self.budget_bytes,
             used_bytes=used,
             measured_bytes=measured,
+            host_budget_bytes=self.host_budget_bytes,
+            host_used_bytes=state.host.used_bytes(),
             generation=core.generation,
             fence=core.fence,
             draining=core.draining,
             engine_up=state.engine_up,
             engine_restarts=core.engine_restarts,
-            models=tuple(_on_the_wall(model, wall - now) for model in core.reports()),
+            models=tuple(_on_the_wall(model, wall - now) for model in models),
         )
+
+    def _count(
+        self,
+        models: tuple[ModelReport, ...],
+        used: int,
+        measured: int,
+        told: wire.MemoryMeasured | None,
+    ) -> None:
+        metrics, state = self._metrics, self._core.state
+        metrics.device(self.budget_bytes, used, measured)
+        metrics.host_budget_bytes.set(self.host_budget_bytes)
+        metrics.host_used_bytes.set(state.host.used_bytes())
+        metrics.host_measured_bytes.set(told.host_bytes if told else 0)
+        metrics.spare_bytes.set(told.spare_bytes if told else 0)
+        for tier, room in (("device", state.device), ("host", state.host)):
+            metrics.shared_bytes.labels(tier).set(room.shared_bytes())
+            metrics.models.labels(tier).set(sum(model.tier == tier for model in models))
+        metrics.models_ready.set(len(state.ready()))
+        metrics.held_bytes.set(self._core.held_bytes)
 
     def sent(self, report: Report) -> None:
         """The store has it."""

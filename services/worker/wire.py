@@ -112,7 +112,7 @@ class EngineStarted(msgspec.Struct, frozen=True, tag=True):
     capacity_bytes: int
     """What the device has in all; on a CPU the machine's memory."""
     base_bytes: int
-    """What the engine takes before any model: on CUDA its context, on a CPU its resident set."""
+    """What the engine takes before any model: on CUDA its context, on a CPU its own pages."""
     torch_version: str
 
 
@@ -164,6 +164,9 @@ class BatchFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class MemoryMeasured(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `MeasureMemory`. Also sent unasked: just before the answer to each load and
+    each eviction, and when reserved memory is given back later."""
+
     used_bytes: int
     """What the engine takes of the device by the engine's own measure."""
     spare_bytes: int = 0

@@ -75,6 +75,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """False: nothing in the code could write to an attribute or in place, so no analysis of
     the graph is needed. True: the graph must be asked."""
     blocks: tuple[Block, ...] = ()
+    """In the order in which the slots need them. With an obstacle: what look like storages, which
+    may be kept once on a disk, and on a device not."""
     slots: tuple[Slot, ...] = ()
     shares: tuple[Share, ...] = ()
     """At most 32, each at least a hundredth of the weights or so; what is in none is the model's

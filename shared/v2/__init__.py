@@ -16,8 +16,10 @@ from shared.v2.messages import (
     Limits,
     RequestedOutput,
     error_message,
+    message_priority,
     parse_header_length,
     priority,
+    priority_level,
     timeout_us,
 )
 
@@ -34,8 +36,10 @@ __all__ = [
     "encode_response",
     "error_body",
     "error_message",
+    "message_priority",
     "parse_header_length",
     "priority",
+    "priority_level",
     "raw_input_of",
     "timeout_us",
 ]

@@ -113,6 +113,18 @@ def priority(parameters: Mapping[str, Scalar]) -> int:
     return _whole(parameters, "priority", 2**64 - 1)
 
 
+def message_priority(level: int) -> int:
+    """AMQP's `priority` of a request: 9 for the highest level, which the protocol calls 1, down
+    to 1 for the ninth and all below; 0, the default, for 0."""
+    return max(10 - level, 1) if level else 0
+
+
+def priority_level(message_priority: int | None) -> int:
+    """The protocol's level for AMQP's `priority`; 0, the default, for none and for 0, which
+    clients send who think nothing of it."""
+    return 10 - min(message_priority, 9) if message_priority else 0
+
+
 def _whole(parameters: Mapping[str, Scalar], key: str, most: int) -> int:
     value = parameters.get(key, 0)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from services.worker.wire import BatchRan, EngineFailed, ModelLoaded  # noqa: E402
+from services.worker.wire import BatchRan, EngineFailed, ModelLoaded, WarmUp  # noqa: E402
 from tests.unit.engine import engine_models as models  # noqa: E402
 from tests.unit.engine.engine_harness import EngineProcess, spec  # noqa: E402
 
@@ -40,12 +40,12 @@ def test_a_batch_runs_on_the_device(engine, tmp_path):
         engine,
         models.Linear(),
         tmp_path,
-        warm_rows=(1, 64),
+        warm=(WarmUp(1), WarmUp(64)),
         inputs=(spec("x", "FP32", 4),),
         max_batch_size=64,
     )
     assert event.weights_bytes == 1024  # two storages of whole 512 bytes
-    assert event.workspace_bytes[64] > 0
+    assert event.cases[-1].workspace_bytes > 0
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     for _ in range(3):
         outputs = engine.run("m/1", {"x": x}, rows=2)
@@ -61,6 +61,37 @@ def test_eviction_gives_device_memory_back(engine, tmp_path):
         assert engine.used_bytes() - before >= 100 << 20
         engine.evict("m/1")
         assert engine.used_bytes() - before < 32 << 20
+
+
+def test_models_of_one_architecture_are_swapped(tmp_path):
+    """By copies from the host's memory, with the answers of a plain load; and when all are gone
+    so are their bytes."""
+    ids = np.arange(40).reshape(4, 10)
+    made = {}
+    for n in range(3):
+        path = models.save(models.Net(n), tmp_path / f"{n}.pt")
+        on_device = models.answer(path, torch.from_numpy(ids).cuda(), device="cuda")
+        made[f"net/{n + 1}"] = (
+            {"path": path, "layout": models.layout_of(path)},
+            on_device.cpu().numpy().tobytes(),
+        )
+    with EngineProcess(device="cuda:0", budget_bytes=1 << 30, host_bytes=256 << 20) as engine:
+        engine.started()
+        before = engine.used_bytes()
+        for name, (file, _) in made.items():
+            assert isinstance(engine.hold(name, **file), ModelLoaded)
+        for _ in range(5):
+            for name, (file, expected) in made.items():
+                event = engine.load(name, **file, keep_host=True)
+                assert isinstance(event, ModelLoaded), event
+                assert event.source == "host"
+                for _ in range(2):
+                    outputs = engine.run(name, {"ids": ids})
+                    assert outputs["OUTPUT__0"].tobytes() == expected
+            for name in made:
+                engine.evict(name)
+        taken = engine.used_bytes() - before - engine.memory.spare_bytes
+        assert taken < 32 << 20
 
 
 def test_running_out_of_device_memory_costs_one_batch(engine, tmp_path):

@@ -443,8 +443,7 @@ async def test_tritonclient_works_unmodified(memory_rig):
             assert not client.is_model_ready("absent")
             server = client.get_server_metadata()
             assert server["name"] == "roost"
-            # Nobody orders by priority: what is not kept must not be promised.
-            assert "schedule_policy" not in server["extensions"]
+            assert "schedule_policy" in server["extensions"]
             metadata = client.get_model_metadata("adder")
             assert metadata["versions"] == ["1"]
             assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}]
@@ -453,7 +452,8 @@ async def test_tritonclient_works_unmodified(memory_rig):
             assert config["input"][0]["data_type"] == "TYPE_FP32"
             assert client.get_model_repository_index() == [
                 {"name": "adder", "version": "1", "state": "READY", "reason": "disk",
-                 "size_bytes": config_size(rig)}
+                 "size_bytes": config_size(rig), "own_bytes": config_size(rig),
+                 "shared_bytes": 0}
             ]  # fmt: skip
             x = np.array([[1, 2, 3]], np.float32)
             for binary in (True, False):

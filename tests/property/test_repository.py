@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import tempfile
 import uuid
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from shared.models import ModelSpec
 from shared.repository import Repository
 from shared.triton import read_config, with_colons
 from tests.archives import torchscript
+from tests.torchscript_files import weights as weights_file
 
 WHOLE = torchscript()
 
@@ -44,6 +47,16 @@ def test_any_text_is_a_configuration_or_refused(text):
         read_config(text)
 
 
+def model(number: int) -> bytes:
+    """A file that has a large tensor in common with one of the others, or none that is large."""
+    if number == 3:
+        return torchscript(b"3")
+    return weights_file(a=bytes(70_000), b=bytes([number]) * 70_000)
+
+
+FILES = {number: model(number) for number in (1, 2, 3)}
+
+
 class RepositoryMachine(RuleBasedStateMachine):
     """A repository beside a dict that says what it should hold."""
 
@@ -59,7 +72,7 @@ class RepositoryMachine(RuleBasedStateMachine):
 
     @rule(name=names, version=st.none() | versions, weights=versions, target_ms=versions)
     def register(self, name, version, weights, target_ms):
-        digest, _ = self.repository.put_blob([torchscript(bytes([weights]))])
+        digest, _ = self.repository.put_blob([FILES[weights]])
         spec = ModelSpec(target_ms=float(target_ms))
         content = (digest, float(target_ms))
         newest = max((v for n, v in self.expected if n == name), default=0)
@@ -95,9 +108,11 @@ class RepositoryMachine(RuleBasedStateMachine):
         self.repository.collect_garbage(0.0)
         used = {digest for digest, _ in self.expected.values()}
         for weights in (1, 2, 3):
-            data = torchscript(bytes([weights]))
-            digest = digest_of(data)
-            assert digest not in used or self.repository.has_blob(digest)
+            digest = digest_of(FILES[weights])
+            if digest in used:
+                with tempfile.TemporaryDirectory() as cache:
+                    path = self.repository.local_path(digest, cache)
+                    assert Path(path).read_bytes() == FILES[weights]
 
     @invariant()
     def holds_what_it_should(self):

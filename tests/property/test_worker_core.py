@@ -52,24 +52,34 @@ from services.worker.core.events import (
     TellPlacer,
 )
 from services.worker.core.worker import WorkerCore
-from shared.models import Manifest
+from shared.layout import Block, Layout
+from shared.layout.model import ALIGNMENT
+from shared.models import Case, Manifest
 from shared.names import ModelId, model_id
 
 BUDGET = 100
+"""Bytes are counted in units of a block's alignment here."""
 MODELS = [model_id(f"m{n}", 1) for n in range(6)]
 SIZES = dict(zip(MODELS, [20, 30, 40, 50, 60, 150], strict=True))
+ARCHITECTURES = dict(zip(MODELS, "aabbc", strict=False)) | {MODELS[5]: ""}
 MANIFESTS = {
     name: Manifest(
         name=name.partition("/")[0],
         version=1,
         digest="sha256:" + "0" * 64,
-        size_bytes=SIZES[name],
+        size_bytes=SIZES[name] * ALIGNMENT,
         created_at=0.0,
         max_batch_size=[8, 4, 1, 0, 16, 8][n],
         stateful=n == 3,
         max_queue_delay_us=20_000 if n == 1 else 0,
     )
     for n, name in enumerate(MODELS)
+}
+LAYOUTS = {
+    name: Layout(
+        architecture=ARCHITECTURES[name], blocks=(Block(bytes(32), 0, ALIGNMENT),) * SIZES[name]
+    )
+    for name in MODELS[:5]
 }
 
 
@@ -82,12 +92,16 @@ class World(RuleBasedStateMachine):
             max_held_bytes=60, max_bytes_under_way=40, batch_timeout_s=4.0, load_timeout_s=5.0
         )
         self.now = 100.0
+        self.host_budget = 0
         self.engine_up = False
         self.condemned = False
         self.registered = MANIFESTS
         self.fetching: list[ModelId] = []
         self.engine_work: list[LoadModel | EvictModel] = []
         self.on_device: dict[ModelId, int] = {}
+        self.in_host: set[ModelId] = set()
+        self.whole: set[str] = set()
+        """Architectures that turned out to need a program for each file."""
         self.batches: dict[int, RunBatch] = {}
         self.consumers: dict[int, tuple[ModelId, str]] = {}
         self.last_item = 0
@@ -117,7 +131,8 @@ class World(RuleBasedStateMachine):
                 self.engine_work.append(action)
             case EvictModel():
                 assert self.engine_up
-                assert not any(b.model == action.model for b in self.batches.values())
+                running = any(b.model == action.model for b in self.batches.values())
+                assert action.tier == "host" or not running
                 self.engine_work.append(action)
             case StartConsumer():
                 self.consumers[action.subscription] = (action.model, "starting")
@@ -130,6 +145,7 @@ class World(RuleBasedStateMachine):
                 assert self.engine_up
                 assert not self.condemned
                 assert action.model in self.on_device
+                assert EvictModel(action.model, "device") not in self.engine_work
                 self.batches[action.batch] = action
             case Answer():
                 for item in action.items:
@@ -148,14 +164,19 @@ class World(RuleBasedStateMachine):
             case ForgetModel():
                 assert action.model not in {m for m, _ in self.consumers.values()}
                 assert action.model not in self.on_device
+                assert action.model not in self.in_host
             case KeepProfile() | TellPlacer():
                 pass
             case _:
                 raise AssertionError(action)
 
-    @initialize(models=st.lists(st.sampled_from(MODELS[:4]), unique=True, min_size=1, max_size=3))
-    def a_busy_day(self, models: list[ModelId]) -> None:
+    @initialize(
+        models=st.lists(st.sampled_from(MODELS[:4]), unique=True, min_size=1, max_size=4),
+        host=st.sampled_from([0, 60, 150]),
+    )
+    def a_busy_day(self, models: list[ModelId], host: int) -> None:
         """Begins where the interesting things happen: an engine, and models bound."""
+        self.host_budget = host
         self.engine_starts()
         self.assigned(models, drain=False)
         for _ in range(20):
@@ -180,7 +201,7 @@ class World(RuleBasedStateMachine):
     @rule()
     def engine_starts(self) -> None:
         self.engine_up = True
-        self.tell(EngineStarted(BUDGET, "cpu"))
+        self.tell(EngineStarted(BUDGET * ALIGNMENT, "cpu", self.host_budget * ALIGNMENT))
 
     @precondition(lambda self: self.engine_up)
     @rule(really=st.sampled_from([False] * 4 + [True]))
@@ -190,6 +211,7 @@ class World(RuleBasedStateMachine):
         self.engine_up = self.condemned = False
         self.engine_work.clear()
         self.on_device.clear()
+        self.in_host.clear()
         self.batches.clear()
         self.oversized = False
         self.tell(EngineLost("killed"))
@@ -198,7 +220,7 @@ class World(RuleBasedStateMachine):
     @rule(ok=st.sampled_from([True] * 5 + [False]))
     def fetch_ends(self, ok: bool) -> None:
         model = self.fetching.pop(0)
-        fetched = ModelFetched(model, self.registered[model])
+        fetched = ModelFetched(model, self.registered[model], layout=LAYOUTS.get(model))
         self.tell(fetched if ok else FetchFailed(model, "not found"))
 
     @rule(model=st.sampled_from(MODELS))
@@ -208,21 +230,57 @@ class World(RuleBasedStateMachine):
         anew = msgspec.structs.replace(self.registered[model], digest=digest)
         self.registered = self.registered | {model: anew}
 
+    def _possible(self) -> list[int]:
+        """Commands that the engine may end next: it obeys in order what is about one model, and
+        does evictions before the loads that were ordered after them."""
+        found = []
+        for n, work in enumerate(self.engine_work):
+            before = self.engine_work[:n]
+            makes_room = isinstance(work, LoadModel) and any(type(w) is EvictModel for w in before)
+            if not makes_room and all(earlier.model != work.model for earlier in before):
+                found.append(n)
+        return found
+
     @precondition(lambda self: self.engine_work)
-    @rule(how=st.sampled_from(["well", "well", "well", "well", "well", "larger", "badly", "full"]))
-    def engine_moves_a_model(self, how: str) -> None:
-        work = self.engine_work.pop(0)
+    @rule(
+        data=st.data(),
+        how=st.sampled_from([*["well"] * 5, "larger", "badly", "full", "whole"]),
+    )
+    def engine_moves_a_model(self, data: st.DataObject, how: str) -> None:
+        self._move_model(data.draw(st.sampled_from(self._possible())), how)
+
+    def _move_model(self, number: int, how: str) -> None:
+        work = self.engine_work.pop(number)
+        model, architecture = work.model, ARCHITECTURES[work.model]
         if isinstance(work, EvictModel):
-            del self.on_device[work.model]
-            self.tell(ModelEvicted(work.model))
-        elif how in {"badly", "full"}:
+            if work.tier == "host":
+                self.in_host.discard(model)
+            else:
+                del self.on_device[model]
+            self.tell(ModelEvicted(model, work.tier))
+            return
+        if how in {"badly", "full"}:
             code = "model_failed" if how == "badly" else "resource_exhausted"
-            self.tell(LoadFailed(work.model, code, "no"))
-        else:
-            size = SIZES[work.model] + 15 * (how == "larger")
+            self.tell(LoadFailed(model, code, "no"))
+            return
+        if how == "whole" and work.tier == "device":
+            self.whole.add(architecture)
+            self.in_host = {m for m in self.in_host if ARCHITECTURES[m] != architecture}
+        source = "host" if model in self.in_host else "disk"
+        apart = model in LAYOUTS and architecture not in self.whole
+        apart = apart and not MANIFESTS[model].stateful
+        if work.keep_host and apart:
+            self.in_host.add(model)
+        size = SIZES[model]
+        if work.tier == "device":
+            size += 15 * (how == "larger")
             self.oversized |= how == "larger"
-            self.on_device[work.model] = size
-            self.tell(ModelLoaded(work.model, (), size, {1: 1}, {1: 0.004}, 0.1))
+            self.on_device[model] = size
+        elif not apart:
+            size = 0
+        cases = (Case(1, 0, 0.004, ALIGNMENT),) if work.tier == "device" else ()
+        known = "known" if apart else "none"
+        self.tell(ModelLoaded(model, (), size * ALIGNMENT, 0.1, cases, work.tier, source, known))
 
     @precondition(lambda self: self.consumers)
     @rule(data=st.data(), gone=st.sampled_from([False] * 7 + [True]))
@@ -286,7 +344,7 @@ class World(RuleBasedStateMachine):
         self.now += 0.005
         if how == "ran":
             self.oversized |= workspace > 1
-            self.tell(BatchRan(id_, (), 0.005, workspace))
+            self.tell(BatchRan(id_, (), 0.005, workspace * ALIGNMENT))
         elif how == "not_found" and sum(b.model == batch.model for b in self.batches.values()):
             self.batches[id_] = batch  # an engine that forgot it would refuse all its batches
         else:
@@ -313,10 +371,16 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def the_device_is_never_overfilled(self) -> None:
-        """Unless a model was measured larger than its file said."""
-        loads = [work.model for work in self.engine_work if isinstance(work, LoadModel)]
-        taken = sum(self.on_device.values()) + sum(SIZES[m] for m in loads)
+        """Unless a model was measured larger than its file said. What waits for an eviction
+        takes nothing yet."""
+        begun = [self.engine_work[n] for n in self._possible()]
+        loads = [work for work in begun if isinstance(work, LoadModel)]
+        device = [work.model for work in loads if work.tier == "device"]
+        taken = sum(self.on_device.values()) + sum(SIZES[model] for model in device)
         assert self.oversized or taken <= BUDGET
+        host = self.in_host | {work.model for work in loads if work.keep_host}
+        host = {m for m in host if m in self.in_host or ARCHITECTURES[m] not in self.whole}
+        assert sum(SIZES[model] for model in host) <= self.host_budget
 
     @invariant()
     def at_most_one_live_consumer_of_a_model(self) -> None:
@@ -341,7 +405,8 @@ class World(RuleBasedStateMachine):
         self.assigned([], drain=False)
         for model in self.core.state.models.values():
             killer = model.load_deaths or model.buried or model.suspect
-            assert killer or model.id in self.on_device, "it is remembered for nothing"
+            held = model.id in self.on_device or model.id in self.in_host
+            assert killer or held, "it is remembered for nothing"
 
     def _until_quiet(self) -> Iterator[int]:
         for step in range(2000):
@@ -368,7 +433,7 @@ class World(RuleBasedStateMachine):
         if self.fetching:
             self.fetch_ends(ok=True)
         if self.engine_work:
-            self.engine_moves_a_model(how="well")
+            self._move_model(self._possible()[0], "well")
         if self.unsettled:
             self.replies_are_sent(count=100)
         self.tell()

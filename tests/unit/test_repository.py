@@ -24,7 +24,7 @@ from shared.errors import (
     TooLarge,
     Unavailable,
 )
-from shared.models import ModelSpec, Profile, TensorSpec
+from shared.models import Case, ModelSpec, Profile, TensorSpec
 from shared.names import ModelId
 from shared.repository import Repository
 from tests.archives import torchscript
@@ -90,6 +90,7 @@ def test_layout_of_a_directory(local, root):
     hexadecimal = digest.removeprefix("sha256:")
     assert files(root) == {
         f"blobs/sha256/{hexadecimal[:2]}/{hexadecimal}",
+        f"layouts/sha256/{hexadecimal[:2]}/{hexadecimal}",
         "models/m/3/manifest.json",
     }
 
@@ -307,7 +308,8 @@ def test_removing_leaves_a_tombstone_only(local, root):
     local.register("m", 1, SPEC, digest)
     local.put_profile(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
     local.remove("m")
-    assert files(root) - {blob_path(digest)} == {"models/m/1/removed.json"}
+    kept = {blob_path(digest), blob_path(digest).replace("blobs", "layouts")}
+    assert files(root) - kept == {"models/m/1/removed.json"}
     tombstone = msgspec.json.decode((root / "models/m/1/removed.json").read_bytes())
     assert tombstone["manifest"]["digest"] == digest
     assert tombstone["removed_at"] >= tombstone["manifest"]["created_at"]
@@ -649,7 +651,8 @@ def test_profiles_by_device_kind(repository):
     kinds = ["cpu", "cuda:NVIDIA H100 80GB HBM3", "cuda:NVIDIA_H100_80GB_HBM3", "../x", "x" * 300]
     for size, kind in enumerate(kinds):
         assert repository.profile(model, kind) is None
-        profile = Profile(device_kind=kind, weights_bytes=size, batch_seconds={1: 0.5, 8: 1.0})
+        cases = (Case(1, seconds=0.5), Case(8, seconds=1.0))
+        profile = Profile(device_kind=kind, weights_bytes=size, cases=cases)
         repository.put_profile(model, profile)
         assert repository.profile(model, kind) == profile
     again = Profile(device_kind="cpu", weights_bytes=7)

@@ -28,6 +28,8 @@ instance_group [ { kind: KIND_GPU count: 2 gpus: [ 0, 1 ] } ]
 dynamic_batching {
   preferred_batch_size: [ 4, 8 ]
   max_queue_delay_microseconds: 100
+  priority_levels: 3
+  default_priority_level: 2
   default_queue_policy { max_queue_size: 10 }
 }
 parameters { key: "INFERENCE_MODE" value { string_value: "true" } }
@@ -51,8 +53,19 @@ def test_a_full_configuration():
         outputs=(TensorSpec("OUTPUT__0", "BF16", (2, 3)),),
         max_batch_size=8,
         max_queue_delay_us=100,
-        parameters={"INFERENCE_MODE": "true", "X": "1", "preferred_batch_size": "4,8"},
+        preferred_batch_size=(4, 8),
+        default_priority_level=2,
+        parameters={"INFERENCE_MODE": "true", "X": "1"},
     )
+
+
+def test_preferred_sizes_in_any_order_and_no_levels_no_default():
+    """Triton asks for neither order, and without levels the default one says nothing."""
+    batching = "preferred_batch_size: [ 8, 4, 8 ] default_priority_level: 2"
+    found = spec(f"max_batch_size: 8 dynamic_batching {{ {batching} }}")
+    assert (found.preferred_batch_size, found.default_priority_level) == ((4, 8), 0)
+    with pytest.raises(InvalidRequest, match="preferred_batch_size"):
+        spec("max_batch_size: 4 dynamic_batching { preferred_batch_size: 8 }")
 
 
 def test_unknown_lists_need_no_colon():

@@ -22,8 +22,10 @@ from shared.v2 import (
     encode_response,
     error_body,
     error_message,
+    message_priority,
     parse_header_length,
     priority,
+    priority_level,
     raw_input_of,
     timeout_us,
 )
@@ -346,6 +348,13 @@ def test_timeout_and_priority_are_read() -> None:
     assert timeout_us({"timeout": 0}) is None
     assert timeout_us({}) is None
     assert (priority({"priority": 3}), priority({})) == (3, 0)
+
+
+def test_priorities_travel_upside_down() -> None:
+    """The protocol's 1 is AMQP's 9; the ninth level and all below are its 1; 0 is no wish."""
+    assert [message_priority(level) for level in (0, 1, 2, 9, 10, 2**40)] == [0, 9, 8, 1, 1, 1]
+    assert [priority_level(p) for p in (None, 0, 1, 9, 10, 255)] == [0, 0, 9, 1, 1, 1]
+    assert all(priority_level(message_priority(level)) == level for level in range(10))
 
 
 # --- raw binary requests --------------------------------------------------------------------

@@ -8,7 +8,7 @@ import msgspec
 
 from services.placer.core.policy import Policy
 from services.placer.core.view import Binding, ModelView, View, WorkerView, footprint
-from shared.fit import Refusal, fit, used_bytes
+from shared.fit import Refusal, can_be_served, fit, fit_tiers, used_bytes
 from shared.models import Footprint
 from shared.names import ModelId
 
@@ -110,9 +110,10 @@ class Fleet:
 
     def is_overfull(self, worker: str) -> bool:
         """False without a budget: the engine has not said yet what the device has."""
-        held = self.sizes(worker).values()
-        budget = self.view.workers[worker].budget_bytes
-        return budget > 0 and bool(held) and used_bytes(held) > budget
+        held, seen = self.sizes(worker).values(), self.view.workers[worker]
+        if seen.budget_bytes <= 0 or not held:
+            return False
+        return not can_be_served(held, seen.budget_bytes, seen.host_bytes)
 
     def weights_bytes(self) -> int:
         """Weights of all that is assigned to serving workers."""
@@ -139,7 +140,8 @@ class Fleet:
 
     def choose(self, facts: ModelView, *, may_evict: bool) -> Chosen | Refused:
         """The worker that will serve one more copy soonest: by what is running there, and by
-        what it costs to load. One where nobody must make room is taken before any other."""
+        what it costs to load. One whose device has room is taken before any other; then one that
+        has room in its host's memory, and swaps; last one where others must make room."""
         model = facts.model
         candidates = [
             worker
@@ -148,12 +150,17 @@ class Fleet:
         ]
         candidates.sort(key=lambda worker: (self._score(worker, facts), worker.worker))
         closest: Refusal | None = None
+        swaps: WorkerView | None = None
         for worker in candidates:
             refusal = self._fits(worker, facts, without=())
             if refusal is None:
-                return Chosen(worker.worker, self._why(worker, facts))
-            if closest is None or refusal.free_bytes > closest.free_bytes:
+                if self._fits_device(worker, facts):
+                    return Chosen(worker.worker, self._why(worker, facts))
+                swaps = swaps or worker
+            elif closest is None or refusal.free_bytes > closest.free_bytes:
                 closest = refusal
+        if swaps is not None:
+            return Chosen(swaps.worker, f"{self._why(swaps, facts)}, to be swapped in")
         for worker in candidates if may_evict else ():
             victims = self._make_room(worker, facts)
             if victims is not None:
@@ -167,7 +174,12 @@ class Fleet:
     ) -> Refusal | None:
         sizes = self.sizes(worker.worker)
         stay = [size for model, size in sizes.items() if model not in without]
-        return fit(footprint(worker, facts.model, facts), stay, worker.budget_bytes)
+        size = footprint(worker, facts.model, facts)
+        return fit_tiers(size, stay, worker.budget_bytes, worker.host_bytes)
+
+    def _fits_device(self, worker: WorkerView, facts: ModelView) -> bool:
+        held = self.sizes(worker.worker).values()
+        return fit(footprint(worker, facts.model, facts), held, worker.budget_bytes) is None
 
     def _make_room(self, worker: WorkerView, facts: ModelView) -> tuple[ModelId, ...] | None:
         """The fewest victims, the longest unused first, with which the model fits."""
@@ -246,8 +258,7 @@ class Fleet:
     def _score(self, worker: WorkerView, facts: ModelView) -> float:
         filled = 0.0
         if worker.budget_bytes > 0:
-            held = self.sizes(worker.worker).values()
-            filled = sum(size.weights_bytes for size in held) / worker.budget_bytes
+            filled = used_bytes(self.sizes(worker.worker).values()) / worker.budget_bytes
         return (
             self._busy[worker.worker]
             + self.policy.load_weight * self._load_seconds(worker, facts)
@@ -259,8 +270,9 @@ class Fleet:
         if report is not None and report.tier == "device":
             return 0.0
         seconds = facts.load_seconds or self.policy.unknown_load_s
-        on_host = report is not None and report.tier == "host"
-        return seconds * self.policy.host_load_share if on_host else seconds
+        if report is not None and report.tier == "host":
+            return report.load_seconds or seconds * self.policy.host_load_share
+        return seconds
 
     def _why(self, worker: WorkerView, facts: ModelView) -> str:
         report = worker.reported.get(facts.model)

@@ -40,7 +40,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     unknown_load_s: float = 1.0
     """Load time of a model that nobody has loaded yet."""
     host_load_share: float = 0.3
-    """What loading from host memory takes, of loading from disk."""
+    """What loading from host memory takes, of loading from disk, until a worker has measured it."""
     load_weight: float = 1.0
     """One second of loading weighs as much as this much utilization of a device."""
     memory_weight: float = 0.1

@@ -10,7 +10,7 @@ import msgspec
 from services.placer.core.fleet import Refused
 from services.placer.core.plan import Plan, is_asked
 from services.placer.core.view import View, footprint, residents
-from shared.fit import Refusal, fit
+from shared.fit import Refusal, fit_tiers
 from shared.names import ModelId
 
 
@@ -68,8 +68,9 @@ def _refuse(
     held = sum(model in assigned[other] for other, seen in view.workers.items() if seen.serves)
     if held >= facts.copies_limit(sum(seen.serves for seen in view.workers.values())):
         return Refusal("it has all the copies it may have")
-    return fit(
+    return fit_tiers(
         footprint(worker, model, facts),
         residents(worker, assigned[name], view.models),
         worker.budget_bytes,
+        worker.host_bytes,
     )

@@ -80,6 +80,9 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     device_kind: str = "cpu"
     budget_bytes: int
+    host_bytes: int = 0
+    """What it holds in its host's memory and swaps in when asked: so much may be assigned beyond
+    its device's budget (`shared.fit.fit_tiers`)."""
     takes_new: bool = True
     """Neither draining nor without its engine."""
     serves: bool = True
@@ -111,8 +114,9 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def footprint(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Footprint:
-    """What the model takes on this worker: measured there, else measured on such a device,
-    else what the worker estimates, else the size of the file."""
+    """What the model takes on this worker: measured there, else measured on such a device, else
+    what the worker reads in the file, else the file's size. What it shares with others is known
+    once a worker has told; until then it counts in full."""
     report = worker.reported.get(model)
     if report is not None and report.footprint.measured and report.footprint.weights_bytes:
         return report.footprint
@@ -122,7 +126,9 @@ def footprint(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Fo
             return known
     if report is not None and report.footprint.weights_bytes:
         return report.footprint
-    return Footprint(facts.size_bytes if facts is not None else 0, 0, measured=False)
+    if facts is None:
+        return Footprint(0, 0, measured=False)
+    return Footprint(facts.size_bytes, 0, measured=False, pinned=facts.stateful)
 
 
 def asks_for_depth(view: View) -> list[ModelId]:

@@ -98,9 +98,11 @@ class Subscriptions:
         assert len(live) == len(set(live)) == len(self.current), self
 
 
-def prefetch_for(spec: ModelSpec) -> int:
+def prefetch_for(spec: ModelSpec, *, on_device: bool) -> int:
     """Two batches: one runs, one waits. More would hide the backlog from the placer and let
-    one worker hoard."""
+    one worker hoard. For a model that has to be swapped in first only the one that waits."""
     if spec.stateful:
         return 1
+    if not on_device:
+        return min(max(spec.max_batch_size, 1), 32)
     return min(max(2 * spec.max_batch_size, 2), 64)

@@ -10,8 +10,10 @@ order but run in the order in which they were handed over; a suspect runs alone.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from services.worker.core.batch import Entry, ModelQueue
 from services.worker.core.events import (
@@ -46,6 +48,7 @@ class Batch:
     model: ModelId
     entries: tuple[Entry, ...]
     rows: int
+    size: int
     nbytes: int
     expected_s: float
 
@@ -60,6 +63,14 @@ class Dispatch:
         self._queues: dict[ModelId, ModelQueue] = {}
         self._waiting: dict[ModelId, ModelQueue] = {}
         """Those that are not empty."""
+        self._due: dict[ModelId, float] = {}
+        """Of their heads."""
+        self._order: list[tuple[float, ModelId]] = []
+        """The same, by urgency."""
+        self._patient: set[ModelId] = set()
+        """Those of whose queues some wait for company."""
+        self._expiry = float("inf")
+        """Nothing that waits expires before."""
         self._running: dict[int, Batch] = {}
         self._last_batch = 0
         self._began = 0.0
@@ -94,33 +105,54 @@ class Dispatch:
         queue = self._queues.get(item.model)
         if queue is None or (queue.spec is not spec and item.model not in self._waiting):
             queue = self._queues[item.model] = ModelQueue(spec)
+            if spec.max_queue_delay_us:
+                self._patient.add(item.model)
+            else:
+                self._patient.discard(item.model)
         queue.add(item)
-        self._waiting[item.model] = queue
+        self._moved(item.model)
+        if item.deadline is not None:
+            self._expiry = min(self._expiry, item.deadline)
 
     def forget(self, model: ModelId) -> None:
         """Nothing of the model is held."""
         self._queues.pop(model, None)
+        self._patient.discard(model)
 
     def take_out(self, model: ModelId, entries: Iterable[Entry]) -> None:
-        queue = self._queues[model]
-        queue.remove(entries)
-        if not len(queue):
-            self._waiting.pop(model, None)
+        self._queues[model].remove(entries)
+        self._moved(model)
 
     def _put_back(self, model: ModelId, entries: Iterable[Entry]) -> None:
         queue = self._queues[model]
         queue.put_back(entries)
-        if len(queue):
-            self._waiting[model] = queue
+        self._moved(model)
+        self._expiry = min(self._expiry, queue.next_expiry())
+
+    def _moved(self, model: ModelId) -> None:
+        """The head of this queue may be another now."""
+        queue, was = self._queues[model], self._due.get(model)
+        due = queue.head.due if len(queue) else None
+        if due == was:
+            return
+        if was is not None:
+            del self._order[bisect_left(self._order, (was, model))]
+        if due is None:
+            del self._due[model], self._waiting[model]
+        else:
+            self._due[model], self._waiting[model] = due, queue
+            insort(self._order, (due, model))
 
     def expire(self, now: float) -> list[Action]:
         """Nothing expired is computed."""
         actions: list[Action] = []
+        if now < self._expiry:
+            return actions
         fault = Fault("deadline_exceeded", "its deadline passed as it waited")
         for model, queue in list(self._waiting.items()):
             actions += [Refuse(entry.item.item, fault) for entry in queue.expire(now)]
-            if not len(queue):
-                del self._waiting[model]
+            self._moved(model)
+        self._expiry = min((q.next_expiry() for q in self._waiting.values()), default=float("inf"))
         return actions
 
     # --- out ------------------------------------------------------------------------------
@@ -129,11 +161,8 @@ class Dispatch:
         """All that should be handed to the engine now."""
         actions: list[Action] = []
         while batch := self._next_batch(now):
-            actions.append(
-                RunBatch(
-                    batch.id, batch.model, tuple(e.item.item for e in batch.entries), batch.rows
-                )
-            )
+            items = tuple(entry.item.item for entry in batch.entries)
+            actions.append(RunBatch(batch.id, batch.model, items, batch.rows, batch.size))
         return actions
 
     def _next_batch(self, now: float) -> Batch | None:
@@ -146,32 +175,37 @@ class Dispatch:
         ahead = self._ahead_s(now)
         if ahead > AHEAD_S:
             return None
-        model = self._turns.choose(
-            (queue.head.due, name)
-            for name, queue in self._waiting.items()
-            if self._state.is_ready(name) and queue.waits_until(now) <= now
-        )
+        model = self._turns.choose(self._order, partial(self._may_run, now))
         if model is None:
             return None
         known, queue = self._state.get(model), self._queues[model]
         if queue.head.suspect and (self._running or self._state.loading()):
             return None  # first let the others end, so that it is alone
         room = self._max_bytes - sum(batch.nbytes for batch in self._running.values())
-        entries = queue.form(now, ahead, known.measured.times.estimate, max(room, 0))
-        rows = sum(entry.item.rows for entry in entries)
-        nbytes = sum(entry.item.nbytes for entry in entries)
+        estimate = known.measured.times.estimate
+        formed = queue.form(now, ahead, estimate, max(room, 0))
         early = ahead > EAGER_S or len(self._running) > 1
-        if self._running and (nbytes > room or (rows < queue.limit and early)):
+        if self._running and (formed.nbytes > room or (early and not formed.full)):
             return None
+        entries, rows, nbytes, size, _ = formed
         self.take_out(model, entries)
         if not self._running:
             self._began = now
         self._last_batch += 1
-        expected = known.measured.times.estimate(rows)
-        batch = Batch(self._last_batch, model, tuple(entries), rows, nbytes, expected)
+        expected = estimate(rows, size)
+        batch = Batch(self._last_batch, model, tuple(entries), rows, size, nbytes, expected)
         self._running[batch.id] = batch
         self._turns.ran(model)
         return batch
+
+    def _may_run(self, now: float, name: ModelId) -> bool:
+        if not self._state.is_ready(name):
+            return False
+        return name not in self._patient or self._company_until(name, now) <= now
+
+    def _company_until(self, name: ModelId, now: float) -> float:
+        estimate = self._state.get(name).measured.times.estimate
+        return self._waiting[name].waits_until(now, estimate)
 
     def _ahead_s(self, now: float) -> float:
         """Seconds of work that the engine still has, as far as it was measured. A batch of
@@ -188,11 +222,10 @@ class Dispatch:
 
     def next_wakeup(self, now: float) -> float | None:
         """When time alone changes what should be done."""
-        first = float("inf")
         ahead = self._ahead_s(now)
-        for queue in self._waiting.values():
-            first = min(first, queue.next_expiry())
-            if queue.spec.max_queue_delay_us and (until := queue.waits_until(now)) > now:
+        first = self._expiry if self._waiting else float("inf")
+        for name in self._patient & self._waiting.keys():
+            if (until := self._company_until(name, now)) > now:
                 first = min(first, until)
         if self._waiting and 0 < ahead < float("inf"):
             # Then a full batch may go, and later one that is not full.
@@ -217,10 +250,10 @@ class Dispatch:
             return []
         self._began = now
         model, queue = self._state.get(batch.model), self._queues[batch.model]
-        model.measured.times.measured(batch.rows, compute_s, len(batch.entries))
-        if model.measured.note_workspace(batch.rows, workspace_bytes):
+        model.measured.times.measured(batch.rows, batch.size, compute_s, len(batch.entries))
+        if model.measured.note_workspace(batch.rows, batch.size, workspace_bytes):
             self._state.workspace_grew()
-        queue.ran_well(batch.rows)
+        queue.ran_well(batch.rows, batch.size)
         model.busy_s += compute_s
         items = tuple(entry.item.item for entry in batch.entries)
         rows = tuple(entry.item.rows for entry in batch.entries)
@@ -238,7 +271,7 @@ class Dispatch:
             self._state.lost_model(batch.model)
             return self._again(batch, Fault("unavailable", fault.message))
         if fault.code == "resource_exhausted":
-            queue.out_of_memory(batch.rows)
+            queue.out_of_memory(batch.rows, batch.size)
         if not several:
             return [Refuse(batch.entries[0].item.item, fault)]
         for entry in batch.entries:
@@ -286,6 +319,8 @@ class Dispatch:
     def places(self) -> list[int]:
         """Every item once, wherever it is (for `validate`)."""
         assert self._waiting == {m: queue for m, queue in self._queues.items() if len(queue)}
+        dues = [(queue.head.due, model) for model, queue in self._waiting.items()]
+        assert self._order == sorted(dues), self
         waiting = [e.item.item for queue in self._queues.values() for e in queue.entries()]
         running = [e.item.item for b in self._running.values() for e in b.entries]
         return waiting + running

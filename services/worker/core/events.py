@@ -7,6 +7,8 @@ monotonic seconds; only the effects know the wall clock.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from services.worker.wire import (
@@ -16,12 +18,15 @@ from services.worker.wire import (
     LoadFailed,
     ModelEvicted,
     ModelLoaded,
+    WarmUp,
 )
+from shared.layout import Layout
 from shared.models import Manifest, Profile
 from shared.names import ModelId
 
 Kind = tuple[tuple[str, str, tuple[int, ...]], ...]
-"""Name, datatype and trailing shape of each input: only items of one kind run together."""
+"""Name, datatype and trailing shape of each input, -1 for a dimension that is padded: only items
+of one kind run together."""
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -43,6 +48,10 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the inputs: what the item takes of the engine's inbox, and of our memory."""
     arrived: float = 0.0
     deadline: float | None = None
+    priority: int = 0
+    """Levels by which it is more urgent than an ordinary request of its model."""
+    length: int = 0
+    """Its own size of the dimension that the model has padded."""
 
 
 # --- facts --------------------------------------------------------------------------------
@@ -64,6 +73,8 @@ class ModelFetched(msgspec.Struct, frozen=True):
     manifest: Manifest
     profile: Profile | None = None
     """What was measured of it before on this kind of device."""
+    layout: Layout | None = None
+    """What is in the file; None where it could not be taken apart."""
 
 
 class FetchFailed(msgspec.Struct, frozen=True):
@@ -102,10 +113,12 @@ class ItemSettled(msgspec.Struct, frozen=True):
 
 
 class EngineStarted(msgspec.Struct, frozen=True):
-    """A fresh engine, with no model on its device."""
+    """A fresh engine, with no model in any tier."""
 
     budget_bytes: int
     device_kind: str
+    host_budget_bytes: int = 0
+    """What copies may take of the host's memory; 0: none are kept."""
 
 
 class EngineLost(msgspec.Struct, frozen=True):
@@ -145,10 +158,14 @@ class FetchModel(msgspec.Struct, frozen=True):
 
 
 class LoadModel(msgspec.Struct, frozen=True):
-    """Answered by `ModelLoaded`, `LoadFailed` or `EngineLost`."""
+    """Answered by `ModelLoaded`, `LoadFailed` or `EngineLost`. What was ordered before is done
+    before, as far as it makes the room for this."""
 
     model: ModelId
-    warm_rows: tuple[int, ...]
+    warm: tuple[WarmUp, ...] = ()
+    tier: Literal["host", "device"] = "device"
+    keep_host: bool = False
+    """A copy stays in the host's memory, or comes to stay there."""
 
 
 class StartConsumer(msgspec.Struct, frozen=True):
@@ -178,6 +195,8 @@ class RunBatch(msgspec.Struct, frozen=True):
     model: ModelId
     items: tuple[int, ...]
     rows: int
+    size: int = 0
+    """Of the padded dimension; 0 for a model without one."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -294,4 +313,5 @@ __all__ = [
     "StartConsumer",
     "StopConsumer",
     "TellPlacer",
+    "WarmUp",
 ]

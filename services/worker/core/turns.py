@@ -3,11 +3,12 @@ batches in a row while others wait, so that a spiking model fills only its own s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from shared.names import ModelId
 
-MAX_IN_A_ROW = 2
+MAX_IN_A_ROW: Final = 2
 
 
 class Turns:
@@ -18,15 +19,16 @@ class Turns:
     def __repr__(self) -> str:
         return f"Turns(last={self._last}, in_a_row={self._in_a_row})"
 
-    def choose(self, waiting: Iterable[tuple[float, ModelId]]) -> ModelId | None:
-        """The model of the earliest due time among (due, model); None when none waits."""
-        candidates = sorted(waiting)
-        if not candidates:
-            return None
-        first = candidates[0][1]
-        if first == self._last and self._in_a_row >= MAX_IN_A_ROW and len(candidates) > 1:
-            return candidates[1][1]
-        return first
+    def choose(
+        self, waiting: Iterable[tuple[float, ModelId]], may: Callable[[ModelId], bool]
+    ) -> ModelId | None:
+        """The first of these (due, model), which are sorted, that may run, or the second when
+        the first has had its turns. None when none may run."""
+        able = (model for _, model in waiting if may(model))
+        first = next(able, None)
+        if first is None or first != self._last or self._in_a_row < MAX_IN_A_ROW:
+            return first
+        return next(able, first)
 
     def ran(self, model: ModelId) -> None:
         """A batch of `model` was handed to the engine."""

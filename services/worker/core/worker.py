@@ -2,9 +2,9 @@
 
 Models (state.py), subscriptions (consumers.py) and batches (dispatch.py) meet here. Laws:
 - Every item that arrives is answered, refused, given back or buried, exactly once.
-- A model is consumed exactly while it is wanted, ready, not draining and not paused.
+- A model is consumed exactly while it is wanted, not draining, not paused, and served: on the
+  device, or brought there as soon as something is asked of it.
 - A batch or a load that takes too long costs the engine its life; then the suspects are tried.
-- What is held stays under `max_held_bytes`, but for what was on its way when that was reached.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from services.worker.core.events import (
     FetchFailed,
     ForgetModel,
     GiveBack,
-    Item,
     ItemArrived,
     ItemSettled,
     KeepProfile,
@@ -45,13 +44,16 @@ from services.worker.core.events import (
     StartConsumer,
     TellPlacer,
 )
-from services.worker.core.state import Model, WorkerState
+from services.worker.core.held import Held
+from services.worker.core.model import Model
+from services.worker.core.moves import Moves
+from services.worker.core.state import WorkerState
 from shared.control import ModelReport
 from shared.models import ModelSpec
 from shared.names import ModelId
 
-_HOT = (ItemArrived, ItemSettled, BatchRan)
-"""Facts of every request: most change nothing for the device or the subscriptions."""
+_HOT = (ItemArrived, ItemSettled, BatchRan, ModelLoaded, ModelEvicted)
+"""Facts of every request, or of every swap: most change nothing for what is wanted or consumed."""
 _PROFILE_EVERY = 256
 """Batches between two looks at whether the stored profile still holds."""
 
@@ -64,25 +66,25 @@ class WorkerCore:
         *,
         max_held_bytes: int = 1 << 40,
         max_bytes_under_way: int = 1 << 40,
-        max_loading: int = 1,
+        max_loading: int = 4,
+        share: bool = True,
         batch_timeout_s: float = 60.0,
         load_timeout_s: float = 300.0,
     ) -> None:
-        self.state = WorkerState(max_loading=max_loading)
+        """`max_loading`: loads that the engine is told of ahead, so that it copies one while it
+        prepares the next. `share`: it keeps tensors that several models have once."""
+        self.state = WorkerState(max_loading=max_loading, share=share)
         self.subscriptions = Subscriptions()
         self.dispatch = Dispatch(self.state, max_bytes_under_way=max_bytes_under_way)
         self.generation = 0
         self.fence = 0
         self.engine_restarts = 0
-        self.held_bytes = 0
-        self._max_held_bytes = max_held_bytes
+        self._held = Held(self.state, max_held_bytes)
+        self._moves = Moves(self.state, self.dispatch)
         self._batch_timeout_s = batch_timeout_s
         self._load_timeout_s = load_timeout_s
         self._ending = False
         self._drain = False
-        self._paused: set[ModelId] = set()
-        self._items: dict[int, Item] = {}
-        self._unanswered: set[int] = set()
         self._batches = 0
         self._unsettled = True
         """Something happened that may change what is loaded or consumed."""
@@ -93,7 +95,7 @@ class WorkerCore:
     def __repr__(self) -> str:
         return (
             f"WorkerCore({self.state}, {self.subscriptions}, {self.dispatch}, "
-            f"{len(self._items)} held{', draining' * self.draining})"
+            f"{self._held}{', draining' * self.draining})"
         )
 
     @property
@@ -103,7 +105,11 @@ class WorkerCore:
     @property
     def empty(self) -> bool:
         """Nothing is consumed and nothing is held."""
-        return not self.subscriptions.all and not self._items
+        return not self.subscriptions.all and not self._held
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held.bytes
 
     def handle(self, facts: list[Fact], now: float) -> list[Action]:
         """What follows from these facts, and from the time. Actions are to be done in order."""
@@ -116,23 +122,28 @@ class WorkerCore:
         actions += self.dispatch.expire(now)
         if self._unsettled:
             actions += self._let_go()
-        self._count_answered(actions, now)
+        self._held.answered(actions, now)
         # 3. Hand over the batches whose turn it is, unless the engine hangs.
         actions += self._watch(now)
-        actions += self.dispatch.next_batches(now)
-        # 4. Bring the device, then the subscriptions, towards what is wanted.
+        actions += self._moves.next_batches(now)
+        # 4. Bring what is asked and what is wanted to where it should be; the subscriptions follow.
         retry = self._next_retry is not None and self._next_retry <= now
-        if self._unsettled or self._troubled or retry:
-            self._unsettled = False
+        whole = self._unsettled or self._troubled or retry or self._moves.pending
+        self._unsettled = False
+        if whole:
             actions += self._close()
-            actions += self.state.reconcile(
-                now,
-                batches_running=self.dispatch.under_way > 0,
-                may_load=not self._ending and not self._isolation(),
-            )
+        may_load = not self._ending and not self._isolation()
+        actions += self._moves.move(now, whole=whole, may_load=may_load)
+        if whole:
+            self._next_retry = self.state.next_retry(now)
             actions += self._consume()
             actions += self._forget()
-            self._next_retry = self.state.next_retry(now)
+        # 5. What was refused its place meanwhile lets go of its items.
+        if self._moves.refused:
+            back = self._let_go()
+            self._held.answered(back, now)
+            actions += back
+            self._unsettled = True  # nor should it be consumed
         return actions
 
     def next_wakeup(self, now: float) -> float | None:
@@ -142,15 +153,19 @@ class WorkerCore:
         return min((at for at in times if at is not None), default=None)
 
     def reports(self) -> tuple[ModelReport, ...]:
-        """Every model that is wanted, on the device, consumed or held."""
+        """Every model that is wanted, in a tier, consumed or held."""
         return tuple(
-            self.state.report(
-                model,
+            model.report(
+                wanted=model.id in self.state.wanted,
                 bound=self.subscriptions.bound(model.id),
                 saturated=self.subscriptions.saturated(model.id),
             )
             for model in self.state.models.values()
-            if model.resident or model.consumers or model.held or model.id in self.state.wanted
+            if model.stage in {"loading", "ready", "evicting"}
+            or model.copy != "none"
+            or model.consumers
+            or model.held
+            or model.id in self.state.wanted
         )
 
     # --- facts ----------------------------------------------------------------------------
@@ -173,20 +188,18 @@ class WorkerCore:
             case FetchFailed():
                 return self.state.fetch_failed(fact.model, fact.message, now)
             case ModelLoaded():
-                self.state.loaded(fact)
-                return self._profile(fact.model)
+                return self._loaded(fact, now)
             case LoadFailed():
                 return self.state.load_failed(fact, now)
             case ModelEvicted():
-                self.state.evicted(fact.model)
-                return self._profile(fact.model)  # it may be forgotten now
+                return self._evicted(fact)
             case ConsumerStarted():
                 started = self.subscriptions.started(fact.subscription)
                 return [TellPlacer(f"{started.model} bound")] if started else []
             case ConsumerStopped() | ConsumerGone():
                 return self._stopped(fact.subscription)
             case EngineStarted():
-                self.state.engine_started(fact.budget_bytes, fact.device_kind)
+                self.state.engine_started(fact)
                 return [TellPlacer("engine started")]
             case EngineLost():
                 return self._engine_lost(fact)
@@ -202,28 +215,19 @@ class WorkerCore:
         self.fence, self.generation = fact.fence, fact.generation
         self._drain = fact.drain
         self.state.assigned(fact.models, now)
-        self._paused &= self.state.wanted.keys()
+        self._held.paused &= self.state.wanted.keys()
         return []
 
     def _arrived(self, fact: ItemArrived, now: float) -> list[Action]:
         item = fact.item
         model = self.state.get(item.model)
-        model.arrived += 1
-        model.held += 1
-        model.unanswered += 1
-        model.last_used = now
-        self._items[item.item] = item
-        self._unanswered.add(item.item)
-        self.held_bytes += item.nbytes
+        self._unsettled |= self._held.arrived(item, now)
         actions: list[Action] = []
         subscription = self.subscriptions.all.get(item.subscription)
         if subscription is not None:
             subscription.held += 1
             if subscription.held == subscription.prefetch:
                 actions.append(TellPlacer(f"{item.model} saturated"))
-        if self.held_bytes > self._max_held_bytes:
-            self._paused.add(item.model)
-            self._unsettled = True
         if subscription is None or subscription.phase == "stopped":
             actions.append(GiveBack(item.item, "it came after the consumer stopped"))
         elif fact.unanswerable is not None:
@@ -237,29 +241,38 @@ class WorkerCore:
         return actions
 
     def _settled(self, id_: int) -> list[Action]:
-        item = self._items.pop(id_, None)
+        item = self._held.settled(id_)
         if item is None:
             return []
-        self.held_bytes -= item.nbytes
-        self.state.get(item.model).held -= 1
         subscription = self.subscriptions.all.get(item.subscription)
         if subscription is not None:
             subscription.held -= 1
             self._unsettled |= subscription.phase == "stopped"
-        if self._paused and self.held_bytes <= self._max_held_bytes // 2:
-            self._paused.clear()
-            self._unsettled = True
+        self._unsettled |= self._held.resume()
         return []
 
     def _ran(self, fact: BatchRan, now: float) -> list[Action]:
         actions = self.dispatch.ran(fact.batch, fact.compute_s, fact.workspace_bytes, now)
         self._batches += 1
-        self._unsettled |= self.state.overrun or self.state.quiesce
+        self._unsettled |= self.state.overrun
         if self._batches % _PROFILE_EVERY == 0:
             for action in list(actions):
                 if isinstance(action, Answer):
                     actions += self._profile(action.model)
         return actions
+
+    def _loaded(self, fact: ModelLoaded, now: float) -> list[Action]:
+        served = self.state.get(fact.model).served
+        self.state.loaded(fact, now)
+        self._unsettled |= not served or self.state.incomplete or self.state.overrun
+        swapped = fact.source == "host" and self._batches % _PROFILE_EVERY
+        return [] if served and swapped else self._profile(fact.model)
+
+    def _evicted(self, fact: ModelEvicted) -> list[Action]:
+        self.state.evicted(fact)
+        model = self.state.get(fact.model)
+        self._unsettled |= not model.served or model.is_due or self.state.incomplete
+        return [] if model.served else self._profile(fact.model)  # it may be forgotten now
 
     def _profile(self, name: ModelId) -> list[Action]:
         profile = self.state.get(name).measured.to_keep(self.state.device_kind)
@@ -274,22 +287,13 @@ class WorkerCore:
 
     def _returnable(self, subscription: Subscription) -> list[Entry]:
         """What a stopped subscription gives back: all that waits, but for what must be tried
-        here again, alone. A paused one gives back only what is above the bound, newest first,
-        so that what it keeps makes progress."""
+        here again, alone; a paused one only as much as must be."""
         mine = [
             entry
             for entry in self.dispatch.waiting(subscription.model)
             if entry.item.subscription == subscription.id and not entry.suspect
         ]
-        if subscription.model not in self._paused:
-            return mine
-        excess, chosen = self.held_bytes - self._max_held_bytes, []
-        for entry in reversed(mine):
-            if excess <= 0:
-                break
-            chosen.append(entry)
-            excess -= entry.item.nbytes
-        return chosen
+        return self._held.excess(mine) if subscription.model in self._held.paused else mine
 
     def _return(self, entries: list[Entry], reason: str) -> list[Action]:
         for model in {entry.item.model for entry in entries}:
@@ -363,7 +367,7 @@ class WorkerCore:
             desired = [
                 name
                 for name in self.state.wanted
-                if self.state.is_ready(name) and name not in self._paused
+                if self.state.is_served(name) and name not in self._held.paused
             ]
         actions = self.subscriptions.reconcile(desired, self._prefetch)
         for action in actions:
@@ -378,42 +382,19 @@ class WorkerCore:
         return [ForgetModel(name) for name in gone]
 
     def _prefetch(self, name: ModelId) -> int:
-        return prefetch_for(self.state.get(name).manifest or ModelSpec())
-
-    def _count_answered(self, actions: list[Action], now: float) -> None:
-        """Keeps count: an item is done, for the core, once an action has said what becomes
-        of it. What the effects make of that is told by `ItemSettled`."""
-        for action in actions:
-            match action:
-                case Answer():
-                    done = action.items
-                case Refuse() | GiveBack() | Bury():
-                    done = (action.item,)
-                case _:
-                    continue
-            for id_ in done:
-                self._unanswered.remove(id_)
-                model = self.state.get(self._items[id_].model)
-                model.unanswered -= 1
-                if not isinstance(action, GiveBack):
-                    model.answered += 1
-                    model.last_used = now
+        model = self.state.get(name)
+        return prefetch_for(model.manifest or ModelSpec(), on_device=model.stage == "ready")
 
     def validate(self) -> None:
         """Raises `AssertionError` where a law does not hold."""
         self.state.validate()
         self.subscriptions.validate()
-        places = self.dispatch.places()
-        assert len(places) == len(set(places)), f"an item is in two places: {self}"
-        assert set(places) == self._unanswered, f"an item is lost: {self}"
-        assert self._unanswered <= self._items.keys()
-        assert self.held_bytes == sum(item.nbytes for item in self._items.values())
+        self._held.validate(self.dispatch.places())
         for model in self.state.models.values():
-            held = [item for item in self._items.values() if item.model == model.id]
-            assert model.held == len(held), model
             consumers = [s for s in self.subscriptions.all.values() if s.model == model.id]
             assert model.consumers == len(consumers), model
-            assert model.unanswered == sum(i.item in self._unanswered for i in held), model
+            running = self._moves.activity(model).running
+            assert model.stage == "ready" or not running, model
 
 
 def _kept_away(model: Model) -> Fault:

@@ -1,4 +1,4 @@
-"""`python -m services.worker.engine`: started by the agent, with three inherited descriptors
+"""`python -m services.worker.engine`: started by the agent, with four inherited descriptors
 and an environment without credentials."""
 
 from __future__ import annotations
@@ -9,19 +9,25 @@ import faulthandler
 import gc
 import signal
 import socket
+import sys
 from typing import Final, NoReturn
 
 _PR_SET_PDEATHSIG: Final = 1
 _M_ARENA_MAX: Final = -8
+_SWITCH_INTERVAL_S: Final = 0.0001
+"""How long a thread that loads may keep the interpreter from the one that runs models."""
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m services.worker.engine")
-    parser.add_argument("--control-fd", type=int, required=True, help="the stream socket")
+    parser.add_argument("--control-fd", type=int, required=True, help="socket about models")
+    parser.add_argument("--batch-fd", type=int, required=True, help="socket about batches")
     parser.add_argument("--inbox-fd", type=int, required=True, help="shared memory of inputs")
     parser.add_argument("--outbox-fd", type=int, required=True, help="shared memory of outputs")
     parser.add_argument("--device", required=True, help="cpu or cuda:<n>")
     parser.add_argument("--budget-bytes", type=int, required=True, help="for all models together")
+    parser.add_argument("--host-bytes", type=int, default=0, help="for weights in host memory")
+    parser.add_argument("--share", type=int, default=1, help="0: no tensor in two models")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operator")
     return parser.parse_args()
 
@@ -55,22 +61,36 @@ def main() -> NoReturn:
     import torch
 
     from services.worker.arena import Arena
-    from services.worker.engine.channel import Channel
+    from services.worker.engine.channel import BatchChannel, Channel
+    from services.worker.engine.dispatch import Dispatcher
+    from services.worker.engine.loading import Loader
     from services.worker.engine.loop import fail, serve
     from services.worker.engine.memory import open_device
+    from services.worker.engine.outbox import Outbox
 
     torch.set_num_threads(max(arguments.threads, 1))
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     channel = Channel(socket.socket(fileno=arguments.control_fd))
+    batches = BatchChannel(socket.socket(fileno=arguments.batch_fd))
     inbox = Arena.attach(arguments.inbox_fd)
-    outbox = Arena.attach(arguments.outbox_fd)
+    outbox = Outbox(Arena.attach(arguments.outbox_fd))
     try:
         device = open_device(arguments.device, arguments.budget_bytes)
+        dispatcher = Dispatcher(device, inbox, outbox, batches)
+        loader = Loader(
+            device,
+            arguments.budget_bytes,
+            dispatcher,
+            channel.send,
+            host_bytes=arguments.host_bytes,
+            share=bool(arguments.share),
+        )
     except (RuntimeError, ValueError) as error:
         fail(channel, error)
     # What is imported by now stays: a collection after an eviction need not look at it again.
     gc.collect()
     gc.freeze()
-    serve(channel, inbox, outbox, device, arguments.budget_bytes)
+    serve(channel, dispatcher, loader, device)
 
 
 main()

@@ -1,24 +1,33 @@
-"""The one thread on which models run: batches in the order in which they were handed over, and
-between them the loader's warm-ups."""
+"""The one thread on which models run: it reads the batches from their own socket, runs them in
+the order in which they were handed over, and answers them; between them the loader's warm-ups.
+
+Where the device works beside this thread (streams.py) a second one waits for the device and
+answers, so that a batch can be prepared while another one computes.
+
+No answer is held back for the next one: when a model ends this process, the agent suspects the
+first batch that has no answer.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Final, TypeVar
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, TypeVar
 
 from services.worker.arena import Arena
+from services.worker.engine.channel import BatchChannel
 from services.worker.engine.executor import Executor
 from services.worker.engine.failures import Diagnosis, Failed, diagnose
 from services.worker.engine.memory import Device
 from services.worker.engine.outbox import Outbox
 from services.worker.engine.outputs import check_rows, named
-from services.worker.engine.tensors import Output, Value, read, room_for, write
-from services.worker.wire import BatchFailed, BatchRan, ModelLoaded, RunBatch
+from services.worker.engine.streams import Flight, Lanes, lanes_of
+from services.worker.engine.tensors import Output, Value, read, room_for
+from services.worker.wire import BatchFailed, BatchRan, ModelLoaded, RunBatch, TensorRef
 from shared.models import Manifest
 from shared.names import ModelId
 
@@ -38,6 +47,25 @@ class Resident:
     loaded: ModelLoaded
     measured_input_bytes: int = 0
     """Inputs of the greatest batch whose workspace was measured."""
+    may_write: bool = True
+    """It may write to what it has returned before: its outputs leave before it runs again."""
+    workspace_bytes: int = 0
+    """The greatest peak that was measured."""
+
+    takes_tensors: bool = field(init=False)
+    """And nothing that the host would have to read first."""
+
+    def __post_init__(self) -> None:
+        self.takes_tensors = all(each.kind == "tensor" for each in self.executor.schema)
+
+
+class _Departed(NamedTuple):
+    """A batch whose outputs are on their way into the outbox."""
+
+    batch: int
+    flight: Flight
+    outputs: tuple[TensorRef, ...]
+    workspace_bytes: int
 
 
 class Dispatcher:
@@ -48,7 +76,8 @@ class Dispatcher:
         device: Device,
         inbox: Arena,
         outbox: Outbox,
-        send: Callable[[BatchRan | BatchFailed], None],
+        channel: BatchChannel,
+        lanes: Lanes | None = None,
     ) -> None:
         self.residents: Final[dict[ModelId, Resident]] = {}
         self.memory_moves: Final = threading.Event()
@@ -56,50 +85,83 @@ class Dispatcher:
         self._device = device
         self._inbox = inbox
         self._outbox = outbox
-        self._send = send
-        self._work: queue.SimpleQueue[RunBatch | Callable[[], None] | None] = queue.SimpleQueue()
+        self._channel = channel
+        self._lanes = lanes or lanes_of(device, inbox, outbox.arena)
+        self._work: Final[deque[RunBatch | Callable[[], None]]] = deque()
+        self._departed: Final[queue.SimpleQueue[_Departed | None]] = queue.SimpleQueue()
+        self._finishing = False
 
     # --- from other threads
 
-    def submit(self, command: RunBatch) -> None:
-        self._work.put(command)
-
     def call(self, function: Callable[[], T]) -> T:
-        """Runs `function`, which raises nothing, on the dispatch thread after what is queued,
-        and returns its result."""
+        """Runs `function`, which raises nothing, on the dispatch thread after the batches that
+        it has read, with none of them on the device any more, and returns its result."""
         future: Future[T] = Future()
-        self._work.put(lambda: future.set_result(function()))
+
+        def run() -> None:
+            self._lanes.wait()
+            future.set_result(function())
+
+        self._work.append(run)
+        self._channel.wake()
         return future.result()
 
     def finish(self) -> None:
-        """`serve` returns after what is queued."""
-        self._work.put(None)
+        """`serve` returns after what was handed over before."""
+        self._finishing = True
+        self._channel.wake()
+
+    def serve_answers(self) -> None:
+        """A second thread's: waits for the device and answers, until `serve` has returned; at
+        once where no answer has to wait. Raises `DeviceLost`."""
+        while self._lanes.asynchronous and (departed := self._departed.get()) is not None:
+            self._land(departed)
 
     # --- the dispatch thread
 
     def serve(self) -> None:
-        """Until `finish`. Raises `DeviceLost`."""
+        """Until `finish`. Raises `DeviceLost`, and what the channel raises."""
         with self._device.running():
-            while (work := self._work.get()) is not None:
-                if isinstance(work, RunBatch):
-                    self._answer(work)
-                else:
-                    work()
+            while True:
+                while self._work:
+                    work = self._work.popleft()
+                    if isinstance(work, RunBatch):
+                        self._answer(work)
+                    else:
+                        work()
+                finishing = self._finishing
+                if not self._hear(wait=not finishing) and finishing:
+                    break
+            self._lanes.wait()
+            self._departed.put(None)
+
+    def _hear(self, *, wait: bool) -> bool:
+        """Reads what the agent has sent; whether there was anything."""
+        commands = self._channel.receive(wait=wait)
+        for command in commands:
+            if isinstance(command, RunBatch):
+                self._work.append(command)
+            else:
+                self._outbox.release(command.batches)
+        return bool(commands)
 
     def _answer(self, command: RunBatch) -> None:
+        flight = self._lanes.flight()
         try:
-            event = self._run(command)
+            departed = self._run(command, flight)
         except Exception as error:  # noqa: BLE001 — models raise anything
             why = diagnose(error)
         else:
-            self._send(event)
+            if self._lanes.asynchronous:
+                self._departed.put(departed)
+            else:
+                self._land(departed)
             return
         # Outside the except block: an error keeps alive what its frames hold.
-        self._send(self._recover(command, why))
+        self._fail(command.batch, flight, why)
 
-    def _run(self, command: RunBatch) -> BatchRan:
+    def _run(self, command: RunBatch, flight: Flight) -> _Departed:
         # 1. The model, and the inputs where they lie.
-        started = time.perf_counter()
         resident = self.residents.get(command.model)
         if resident is None:
             raise Failed("not_found", f"{command.model} is not loaded on this worker")
@@ -111,29 +173,54 @@ class Dispatcher:
         measured = self._worth_measuring(resident, input_bytes)
         if measured:
             self._device.begin_measuring()
-        outputs = self.outputs_of(resident.executor, resident.manifest, inputs, command.rows)
-        computed = time.perf_counter() - started
-        workspace = self._device.peak_bytes() if measured else 0
-        if self.memory_moves.is_set():
-            workspace = 0
-        elif measured:
-            resident.measured_input_bytes = max(resident.measured_input_bytes, input_bytes)
+        boarded = flight.board(inputs, move=resident.takes_tensors, settle=resident.may_write)
+        outputs = self.outputs_of(resident.executor, resident.manifest, boarded, command.rows)
+        flight.computed()
+        nbytes = room_for(outputs)
+        workspace_bytes = 0
+        if measured:
+            workspace_bytes = self._device.peak_bytes()
+            if self._lanes.asynchronous:  # another one comes or goes meanwhile
+                workspace_bytes += input_bytes + nbytes
+            if self.memory_moves.is_set():
+                workspace_bytes = 0
+            else:
+                resident.measured_input_bytes = max(resident.measured_input_bytes, input_bytes)
+                resident.workspace_bytes = max(resident.workspace_bytes, workspace_bytes)
         # 3. Room in the outbox, which may have to wait for the agent, and the copy.
-        offset = self._outbox.reserve(command.batch, room_for(outputs))
-        copying = time.perf_counter()
-        refs = write(self._outbox.arena, offset, outputs)
-        self._device.synchronize()
-        seconds = computed + time.perf_counter() - copying
-        return BatchRan(command.batch, refs, seconds, workspace)
+        while (offset := self._outbox.reserve(command.batch, nbytes)) is None:
+            self._hear(wait=True)
+        refs = flight.leave(self._outbox.arena, offset, outputs)
+        return _Departed(command.batch, flight, refs, workspace_bytes)
 
-    def _recover(self, command: RunBatch, why: Diagnosis) -> BatchFailed:
-        """Makes the engine fit for the next batch. Raises `DeviceLost` when it cannot be."""
-        self._outbox.release((command.batch,))
+    # --- where the answers are given
+
+    def _land(self, departed: _Departed) -> None:
+        batch, flight, outputs, workspace_bytes = departed
+        try:
+            seconds = flight.seconds()
+        except Exception as error:  # noqa: BLE001 — what the device did shows itself here
+            why = diagnose(error)
+        else:
+            self._channel.send(BatchRan(batch, outputs, seconds, workspace_bytes))
+            flight.end()
+            return
+        self._fail(batch, flight, why)
+
+    def _fail(self, batch: int, flight: Flight, why: Diagnosis) -> None:
+        """Makes the engine fit for the next batch, and answers. Raises `DeviceLost` when it
+        cannot be."""
         if why.code == "resource_exhausted":
             self._device.reclaim()
         if not self._device.healthy():
             raise DeviceLost(why.message)
-        return BatchFailed(command.batch, why.code, why.message)
+        # The device has come to rest: nobody writes to the outputs, or reads the inputs.
+        self._outbox.release((batch,))
+        self._channel.send(BatchFailed(batch, why.code, why.message))
+        flight.end()
+        self._channel.wake()  # the dispatch thread may be waiting for this very room
+
+    # --- what a batch is made of
 
     def _worth_measuring(self, resident: Resident, input_bytes: int) -> bool:
         if self.memory_moves.is_set():

@@ -1,4 +1,5 @@
-"""What the engine asks of a model file, whatever its format, and who can execute which format."""
+"""What the engine asks of a loaded model, whatever its format, and who loads the formats whose
+files are loaded as they are."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ from typing import Final, NamedTuple, Protocol
 
 import torch
 
+from services.worker.engine import aotinductor, exported
+from services.worker.engine.files import ScatteredFile
 from services.worker.engine.signature import Argument
 from services.worker.engine.tensors import Value
-from services.worker.engine.torchscript import TorchScriptExecutor, archived_bytes
 from shared.models import Format, Manifest
 
 
@@ -36,11 +38,13 @@ class Executor(Protocol):
 class ExecutorFormat(NamedTuple):
     """How models of one format come to be."""
 
-    estimate: Callable[[str], int]
+    estimate: Callable[[ScatteredFile], int]
     """Bytes that the file will take on the device, told without loading it."""
-    load: Callable[[str, Manifest, torch.device], Executor]
+    load: Callable[[ScatteredFile, Manifest, torch.device], Executor]
 
 
 FORMATS: Final[dict[Format, ExecutorFormat]] = {
-    "torchscript": ExecutorFormat(archived_bytes, TorchScriptExecutor),
+    "export": ExecutorFormat(exported.estimate, exported.ExportedExecutor),
+    "aotinductor": ExecutorFormat(aotinductor.estimate, aotinductor.AotInductorExecutor),
 }
+"""Formats other than TorchScript, whose programs and weights the engine does not tell apart."""

@@ -1,8 +1,9 @@
-"""The engine's main loop: three threads, each with one kind of work.
+"""The engine's threads, each with one kind of work.
 
-The main thread reads commands and hands them on. The dispatch thread runs models. The loader
-thread loads and evicts. Every way to end is `os._exit`: a thread inside a model cannot be asked
-to stop, and there is nothing to save.
+The main thread reads the control socket and hands on what it hears. The dispatch thread reads
+the batches and runs models; where the device works beside it, another one answers. The copier
+moves weights, and the grapher does what takes long of a load. Every way to end is `os._exit`: a
+thread inside a model cannot be asked to stop, and there is nothing to save.
 """
 
 from __future__ import annotations
@@ -16,21 +17,17 @@ from typing import Final, NoReturn
 
 import torch
 
-from services.worker.arena import Arena
-from services.worker.engine.channel import BadFrame, Channel
+from services.worker.engine.channel import Channel
 from services.worker.engine.dispatch import DeviceLost, Dispatcher
 from services.worker.engine.loading import Loader
 from services.worker.engine.memory import Device
-from services.worker.engine.outbox import Outbox
+from services.worker.frames import BadFrame
 from services.worker.wire import (
     EngineFailed,
     EngineStarted,
     EvictModel,
     LoadModel,
     MeasureMemory,
-    MemoryMeasured,
-    Release,
-    RunBatch,
     Stop,
 )
 
@@ -40,13 +37,8 @@ EXIT_DEVICE_LOST: Final = 70
 EXIT_BAD_FRAME: Final = 71
 
 
-def serve(
-    channel: Channel, inbox: Arena, outbox_arena: Arena, device: Device, budget_bytes: int
-) -> NoReturn:
+def serve(channel: Channel, dispatcher: Dispatcher, loader: Loader, device: Device) -> NoReturn:
     """Works until the agent says stop or is gone, then ends the process."""
-    outbox = Outbox(outbox_arena)
-    dispatcher = Dispatcher(device, inbox, outbox, channel.send)
-    loader = Loader(device, budget_bytes, dispatcher, channel.send)
 
     def dispatch() -> NoReturn:
         dispatcher.serve()
@@ -66,27 +58,26 @@ def serve(
             str(torch.__version__),
         )
     )
-    for name, target in (("dispatch", dispatch), ("load", load)):
+    for name, target in (
+        ("dispatch", dispatch),
+        ("answer", dispatcher.serve_answers),
+        ("copy", load),
+        ("graph", loader.serve_graphs),
+    ):
         guarded = _guarded(target, channel)
         threading.Thread(target=guarded, name=name, daemon=True).start()
-    _guarded(lambda: _read(channel, dispatcher, loader, outbox, device), channel)()
+    _guarded(lambda: _read(channel, loader), channel)()
     end(EXIT_OK)
 
 
-def _read(
-    channel: Channel, dispatcher: Dispatcher, loader: Loader, outbox: Outbox, device: Device
-) -> None:
-    """Until the agent is gone. After `Stop` too: the last outputs may wait for a `Release`."""
+def _read(channel: Channel, loader: Loader) -> None:
+    """Until the agent is gone. After `Stop` too: batches may be under way for long."""
     for command in channel.commands():
         match command:
-            case RunBatch():
-                dispatcher.submit(command)
-            case Release():
-                outbox.release(command.batches)
             case LoadModel() | EvictModel():
                 loader.submit(command)
             case MeasureMemory():
-                channel.send(MemoryMeasured(device.used_bytes()))
+                channel.send(loader.memory())
             case Stop():
                 loader.finish()
 

@@ -1,5 +1,5 @@
 """The device's memory, as the engine can measure it: on CUDA by torch's allocator, on a CPU by
-the process' resident set."""
+the process' own pages."""
 
 from __future__ import annotations
 
@@ -111,8 +111,9 @@ class CpuDevice:
             self._malloc_trim(0)
 
     def used_bytes(self) -> int:
-        """The resident set without the shared regions, which are the agent's as well."""
-        return _status("VmRSS") - _status("RssShmem")
+        """The process' own pages: neither the shared regions, which are the agent's as well, nor
+        the libraries, of which ever more is touched."""
+        return _status("RssAnon")
 
     def healthy(self) -> bool:
         return True

@@ -102,7 +102,8 @@ def room_for(outputs: Sequence[Output]) -> int:
 
 
 def write(arena: Arena, offset: int, outputs: Sequence[Output]) -> tuple[TensorRef, ...]:
-    """Copies outputs one after the other into the block at `offset`, of `room_for` bytes."""
+    """Copies outputs one after the other into the block at `offset`, of `room_for` bytes. Those
+    on a device are there when the current stream has come so far."""
     refs = []
     for name, datatype, shape, nbytes, source in outputs:
         if isinstance(source, bytes):
@@ -110,7 +111,7 @@ def write(arena: Arena, offset: int, outputs: Sequence[Output]) -> tuple[TensorR
         elif nbytes:
             count = nbytes // source.itemsize
             place = torch.frombuffer(arena.view, dtype=source.dtype, count=count, offset=offset)
-            place.view(shape).copy_(source)
+            place.view(shape).copy_(source, non_blocking=True)
         refs.append(TensorRef(name, datatype, shape, offset, nbytes))
         offset += aligned(nbytes)
     return tuple(refs)

@@ -1,17 +1,19 @@
-"""The agent's half of an engine, as small as it can be: a process, a socket, two regions."""
+"""The agent's half of an engine, as small as it can be: a process, two sockets, two regions."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,46 +32,89 @@ from services.worker.wire import (
     Release,
     RunBatch,
     TensorRef,
+    WarmUp,
     pack,
     unpack_event,
 )
+from shared.layout import Extent, Layout
 from shared.models import Datatype, Manifest, TensorSpec
 from shared.names import split_model_id
 from shared.tensors import Tensor, from_numpy, to_numpy
 
+Tier = Literal["host", "device"]
 ROOT = Path(__file__).parents[3]
 DEADLINE_S = 60.0
+
+
+class _Stream:
+    """Frames of one socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(DEADLINE_S)
+        self.sock = sock
+        self._buffer = b""
+
+    def event(self) -> Any:
+        """The next message. Raises `EOFError` when the engine is gone."""
+        size = int.from_bytes(self._read(4), "little")
+        return unpack_event(self._read(size))
+
+    def pending(self) -> bool:
+        """Whether there is a message already."""
+        return bool(self._buffer) or bool(select.select([self.sock], [], [], 0)[0])
+
+    def _read(self, size: int) -> bytes:
+        while len(self._buffer) < size:
+            chunk = self.sock.recv(1 << 16)
+            if not chunk:
+                raise EOFError
+            self._buffer += chunk
+        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        return taken
 
 
 class EngineProcess:
     """Starts an engine and speaks the wire with it. Every wait has a deadline."""
 
     def __init__(
-        self, *, device="cpu", budget_bytes=1 << 30, inbox_bytes=1 << 22, outbox_bytes=1 << 22
+        self,
+        *,
+        device="cpu",
+        budget_bytes=1 << 30,
+        host_bytes=0,
+        share=True,
+        inbox_bytes=1 << 22,
+        outbox_bytes=1 << 22,
     ):
         self.inbox = Arena.create("inbox", inbox_bytes)
         self.outbox = Arena.create("outbox", outbox_bytes)
-        self.sock, theirs = socket.socketpair()
-        self.sock.settimeout(DEADLINE_S)
+        self.sock, control = socket.socketpair()
+        self.batch_sock, batches = socket.socketpair()
+        self.memory = MemoryMeasured(0)
+        """As the engine told it last."""
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 — closed in __exit__
-        fds = (theirs.fileno(), self.inbox.fd, self.outbox.fd)
+        fds = (control.fileno(), batches.fileno(), self.inbox.fd, self.outbox.fd)
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "services.worker.engine"),
-                *("--control-fd", str(fds[0]), "--inbox-fd", str(fds[1])),
-                *("--outbox-fd", str(fds[2]), "--device", device),
-                *("--budget-bytes", str(budget_bytes), "--threads", "1"),
+                *("--control-fd", str(fds[0]), "--batch-fd", str(fds[1])),
+                *("--inbox-fd", str(fds[2]), "--outbox-fd", str(fds[3])),
+                *("--device", device, "--threads", "1"),
+                *("--budget-bytes", str(budget_bytes), "--host-bytes", str(host_bytes)),
+                *("--share", str(int(share))),
             ],
             pass_fds=fds,
             stderr=self.stderr,
             cwd=ROOT,
             env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"},
         )
-        theirs.close()
+        control.close()
+        batches.close()
+        self._control = _Stream(self.sock)
+        self._batch_events = _Stream(self.batch_sock)
         self._allocator = Allocator(inbox_bytes)
         self._inputs: dict[int, list[int]] = {}
         self._batches = itertools.count(1)
-        self._buffer = b""
 
     def __enter__(self):
         return self
@@ -79,6 +124,7 @@ class EngineProcess:
             self.process.kill()
         self.process.wait()
         self.sock.close()
+        self.batch_sock.close()
         self.stderr.close()
         self.inbox.close()
         self.outbox.close()
@@ -86,21 +132,22 @@ class EngineProcess:
     # --- messages
 
     def send(self, message) -> None:
-        self.sock.sendall(pack(message))
+        of_batches = isinstance(message, RunBatch | Release)
+        (self.batch_sock if of_batches else self.sock).sendall(pack(message))
 
     def event(self) -> Any:
-        """The engine's next message. Raises `EOFError` when it is gone."""
-        size = int.from_bytes(self._read(4), "little")
-        return unpack_event(self._read(size))
+        """The engine's next message about models; what it says of memory is only noted."""
+        while True:
+            event = self._event(self._control)
+            if not isinstance(event, MemoryMeasured):
+                return event
+            self.memory = event
 
-    def _read(self, size: int) -> bytes:
-        while len(self._buffer) < size:
-            chunk = self.sock.recv(1 << 16)
-            if not chunk:
-                raise EOFError(self.errors())
-            self._buffer += chunk
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
-        return taken
+    def _event(self, stream: _Stream) -> Any:
+        try:
+            return stream.event()
+        except EOFError:
+            raise EOFError(self.errors()) from None
 
     def errors(self) -> str:
         self.stderr.seek(0)
@@ -116,23 +163,20 @@ class EngineProcess:
 
     # --- one thing and its answer
 
-    def load(self, model: str, path, warm_rows=(), **spec) -> ModelLoaded | LoadFailed:
-        name, version = split_model_id(model)
-        manifest = Manifest(
-            name=name,
-            version=version,
-            digest="sha256:" + "0" * 64,
-            size_bytes=Path(path).stat().st_size if Path(path).exists() else 0,
-            created_at=0.0,
-            **spec,
-        )
-        self.send(LoadModel(model, str(path), manifest, tuple(warm_rows)))
-        return self.event()
-
-    def evict(self, model: str) -> None:
-        self.send(EvictModel(model))
+    def load(self, *arguments, **options) -> ModelLoaded | LoadFailed:
+        """See `command`."""
+        self.send(command(*arguments, **options))
         event = self.event()
-        assert event == ModelEvicted(model), event
+        assert isinstance(event, ModelLoaded | LoadFailed), event
+        return event
+
+    def hold(self, *arguments, **options) -> ModelLoaded | LoadFailed:
+        return self.load(*arguments, tier="host", **options)
+
+    def evict(self, model: str, tier: Tier = "device") -> None:
+        self.send(EvictModel(model, tier))
+        event = self.event()
+        assert event == ModelEvicted(model, tier), event
 
     def submit(self, model: str, inputs: dict[str, Any], rows=1) -> int:
         """Hands a batch over without waiting; returns its number. Inputs are arrays or tensors."""
@@ -150,7 +194,7 @@ class EngineProcess:
         return batch
 
     def answer(self) -> BatchRan | BatchFailed:
-        event = self.event()
+        event = self._event(self._batch_events)
         assert isinstance(event, BatchRan | BatchFailed), event
         for offset in self._inputs.pop(event.batch, []):
             self._allocator.free(offset)
@@ -185,9 +229,13 @@ class EngineProcess:
         return event
 
     def used_bytes(self) -> int:
+        """What the engine says when it is asked."""
+        while self._control.pending():
+            self._event(self._control)
         self.send(MeasureMemory())
-        event = self.event()
+        event = self._event(self._control)
         assert isinstance(event, MemoryMeasured), event
+        self.memory = event
         return event.used_bytes
 
     def kill(self, number=signal.SIGKILL) -> None:
@@ -196,3 +244,28 @@ class EngineProcess:
 
 def spec(name: str, datatype: Datatype, *shape: int, optional=False) -> TensorSpec:
     return TensorSpec(name, datatype, shape, optional)
+
+
+def command(
+    model: str,
+    path,
+    warm: Sequence[WarmUp] = (),
+    *,
+    layout: Layout | None = None,
+    tier: Tier = "device",
+    keep_host=False,
+    **spec,
+) -> LoadModel:
+    """A load of the file; `spec` is of the manifest's."""
+    name, version = split_model_id(model)
+    size = Path(path).stat().st_size if Path(path).exists() else 1
+    manifest = Manifest(
+        name=name,
+        version=version,
+        digest="sha256:" + "0" * 64,
+        size_bytes=size,
+        created_at=0.0,
+        **spec,
+    )
+    file = (Extent(str(path), 0, size),)
+    return LoadModel(model, file, manifest, layout, tuple(warm), tier, keep_host)

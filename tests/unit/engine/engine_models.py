@@ -8,12 +8,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shared.layout import Layout
+from shared.layout.torchscript import read_layout
+
 
 def save(module: nn.Module, path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(module).save(str(path))
     return str(path)
+
+
+def layout_of(path) -> Layout:
+    return read_layout(path)
+
+
+def answer(path, *inputs: Tensor, device="cpu") -> Tensor:
+    """What torch itself makes of the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.jit.load(str(path), map_location=device).eval()
+    with torch.inference_mode(), torch.jit.optimized_execution(False):
+        return module(*inputs)
 
 
 class Linear(nn.Module):
@@ -138,12 +154,12 @@ class NoForward(nn.Module):
 
 
 class Weights(nn.Module):
-    """`megabytes` of weights in few tensors."""
+    """`megabytes` of weights in few tensors, of which no two are equal."""
 
-    def __init__(self, megabytes: int):
+    def __init__(self, megabytes: int, first: float = 0.5):
         super().__init__()
         self.blocks = nn.ParameterList(
-            nn.Parameter(torch.full((256, 1024), 0.5)) for _ in range(megabytes)
+            nn.Parameter(torch.full((256, 1024), first + n)) for n in range(megabytes)
         )
         self.tied = self.blocks[0]
 
@@ -167,3 +183,64 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.table(ids)
+
+
+class Adds(nn.Module):
+    """Adds `n`, which is its only weight."""
+
+    def __init__(self, n: float):
+        super().__init__()
+        self.n = nn.Parameter(torch.full((4,), float(n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.n
+
+
+def make_adds(name: str) -> type[nn.Module]:
+    """`Adds` under another name: another architecture."""
+    return type(name, (Adds,), {"__module__": __name__})
+
+
+class Counts(nn.Module):
+    """Adds how often it was called, from `n` on."""
+
+    def __init__(self, n: float):
+        super().__init__()
+        self.register_buffer("n", torch.full((4,), float(n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += 1
+        return x + self.n
+
+
+class Tampers(nn.Module):
+    """Writes to its weight by way of a view."""
+
+    def __init__(self, n: float):
+        super().__init__()
+        self.n = nn.Parameter(torch.full((4,), float(n)), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = self.n.view(2, 2)[0]
+        row.mul_(2)
+        return x + self.n
+
+
+class Net(nn.Module):
+    """A little of what real models have: tied weights, a buffer, a norm, several dtypes."""
+
+    def __init__(self, seed: int, width: int = 32):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(50, width)
+        self.norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, 4 * width).to(torch.bfloat16)
+        self.back = nn.Linear(4 * width, width)
+        self.out = nn.Linear(width, 50, bias=False)
+        self.out.weight = self.embed.weight
+        self.register_buffer("offset", torch.randint(0, 5, (1,)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embed(ids + self.offset))
+        x = x + self.back(torch.relu(self.hidden(x.to(torch.bfloat16))).to(torch.float32))
+        return self.out(x)

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import queue
+import socket
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -8,15 +12,22 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from services.worker.arena import Arena  # noqa: E402
+from services.worker.engine.channel import BatchChannel  # noqa: E402
 from services.worker.engine.dispatch import DeviceLost, Dispatcher, Resident  # noqa: E402
 from services.worker.engine.memory import open_device  # noqa: E402
 from services.worker.engine.outbox import Outbox  # noqa: E402
+from services.worker.engine.signature import Argument  # noqa: E402
+from services.worker.engine.streams import HostFlight  # noqa: E402
+from services.worker.frames import Frames  # noqa: E402
 from services.worker.wire import (  # noqa: E402
     BatchFailed,
     BatchRan,
     ModelLoaded,
+    Release,
     RunBatch,
     TensorRef,
+    pack,
+    unpack_event,
 )
 from shared.models import Manifest  # noqa: E402
 from shared.names import ModelId  # noqa: E402
@@ -25,6 +36,8 @@ pytestmark = pytest.mark.torch
 
 MODEL = ModelId("m/1")
 MANIFEST = Manifest(name="m", version=1, digest="", size_bytes=0, created_at=0.0)
+OUTBOX_BYTES = 4096
+DEADLINE_S = 10.0
 
 
 class FragileDevice:
@@ -34,12 +47,19 @@ class FragileDevice:
         self._cpu = open_device("cpu", 0)
         self.lost = False
         self.reclaimed = 0
+        self.cheap_to_measure = False
 
     def __getattr__(self, name):
         return getattr(self._cpu, name)
 
     def running(self):
         return contextlib.nullcontext()
+
+    def begin_measuring(self):
+        pass
+
+    def peak_bytes(self):
+        return 1000
 
     def reclaim(self):
         self.reclaimed += 1
@@ -51,12 +71,14 @@ class FragileDevice:
 class ScriptedExecutor:
     """Returns or raises what it is told, one after the other."""
 
-    schema = ()
+    schema = (Argument("x", "tensor"),)
 
     def __init__(self, *results: Any):
         self._results = list(results)
+        self.runs: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def run(self, inputs):
+        self.runs.put(len(inputs))
         result = self._results.pop(0)
         if isinstance(result, Exception):
             raise result
@@ -69,61 +91,152 @@ class ScriptedExecutor:
         pass
 
 
-@pytest.fixture
-def device():
-    return FragileDevice()
+class LateFlight(HostFlight):
+    """Its outputs have arrived when the test says so, or raises for it."""
+
+    def __init__(self, lanes: LateLanes):
+        super().__init__()
+        self._lanes = lanes
+
+    def board(self, inputs, *, move, settle):
+        self._lanes.boarded.append((move, settle))
+        return inputs
+
+    def seconds(self):
+        arrival = self._lanes.arrivals.get(timeout=DEADLINE_S)
+        if isinstance(arrival, Exception):
+            raise arrival
+        return arrival
+
+    def end(self):
+        self._lanes.places.release()
+
+
+class LateLanes:
+    """As a device that works beside the dispatch thread, with place for two batches."""
+
+    asynchronous = True
+
+    def __init__(self):
+        self.places = threading.Semaphore(2)
+        self.arrivals: queue.SimpleQueue[float | Exception] = queue.SimpleQueue()
+        self.boarded: list[tuple[bool, bool]] = []
+
+    def flight(self):
+        assert self.places.acquire(timeout=DEADLINE_S)
+        return LateFlight(self)
+
+    def wait(self):
+        for _ in range(2):
+            assert self.places.acquire(timeout=DEADLINE_S)
+        self.places.release(2)
+
+
+class Rig:
+    """A dispatcher, and the agent's ends of what it works with."""
+
+    def __init__(self, lanes: LateLanes | None = None):
+        self.device = FragileDevice()
+        self.agent, theirs = socket.socketpair()
+        self.agent.settimeout(DEADLINE_S)
+        self._frames = Frames(self.agent)
+        self.inbox, self.outbox = Arena.create("in", 4096), Arena.create("out", OUTBOX_BYTES)
+        self.channel = BatchChannel(theirs)
+        self.dispatcher = Dispatcher(
+            self.device, self.inbox, Outbox(self.outbox), self.channel, lanes
+        )
+        self.lost: list[DeviceLost] = []
+        self._threads: list[threading.Thread] = []
+
+    def close(self) -> None:
+        self.dispatcher.finish()
+        for thread in self._threads:
+            thread.join(DEADLINE_S)
+        self.agent.close()
+        self.channel.close()
+        self.inbox.close()
+        self.outbox.close()
+
+    def loaded(self, executor, manifest=MANIFEST, **more) -> Resident:
+        loaded = ModelLoaded(MODEL, (), 0, 0.0)
+        resident = self.dispatcher.residents[MODEL] = Resident(executor, manifest, loaded, **more)
+        return resident
+
+    def send(self, *commands) -> None:
+        self.agent.sendall(b"".join(map(pack, commands)))
+
+    def start(self) -> None:
+        for target in (self.dispatcher.serve, self.dispatcher.serve_answers):
+            self._threads.append(threading.Thread(target=self._guarded, args=(target,)))
+            self._threads[-1].start()
+
+    def _guarded(self, target) -> None:
+        try:
+            target()
+        except DeviceLost as error:
+            self.lost.append(error)
+
+    def answer(self) -> BatchRan | BatchFailed:
+        while (body := self._frames.take()) is None:
+            assert self._frames.receive(), "the dispatcher has closed its socket"
+        return unpack_event(body)
+
+    def run(self, executor, *commands) -> list[BatchRan | BatchFailed]:
+        """All answers to the commands, which were there before `finish`."""
+        self.loaded(executor)
+        self.send(*commands)
+        self.dispatcher.finish()
+        self.dispatcher.serve()
+        return [self.answer() for command in commands if isinstance(command, RunBatch)]
 
 
 @pytest.fixture
-def sent():
-    return []
+def rig():
+    with contextlib.closing(Rig()) as rig:
+        yield rig
 
 
 @pytest.fixture
-def dispatcher(device, sent):
-    inbox, outbox = Arena.create("in", 4096), Arena.create("out", 4096)
-    yield Dispatcher(device, inbox, Outbox(outbox), sent.append)
-    inbox.close()
-    outbox.close()
+def lanes():
+    return LateLanes()
 
 
-def run(dispatcher, executor, *commands) -> None:
-    loaded = ModelLoaded(MODEL, (), 0, {}, {}, 0.0)
-    dispatcher.residents[MODEL] = Resident(executor, MANIFEST, loaded)
-    for command in commands:
-        dispatcher.submit(command)
-    dispatcher.finish()
-    dispatcher.serve()
+@pytest.fixture
+def late(lanes):
+    with contextlib.closing(Rig(lanes)) as rig:
+        yield rig
 
 
 def batch(number: int, *inputs: TensorRef) -> RunBatch:
     return RunBatch(number, MODEL, 1, inputs)
 
 
-def test_a_lost_device_ends_the_dispatching(dispatcher, device, sent):
+def test_a_lost_device_ends_the_dispatching(rig):
     """After an error on a device that no longer answers, no batch may be run, nor answered."""
-    device.lost = True
+    rig.device.lost = True
     lost = RuntimeError("CUDA error: device-side assert triggered")
     with pytest.raises(DeviceLost, match="device-side assert"):
-        run(dispatcher, ScriptedExecutor(lost, torch.ones(1)), batch(1), batch(2))
-    assert sent == []
+        rig.run(ScriptedExecutor(lost, torch.ones(1)), batch(1), batch(2))
+    rig.agent.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        rig.agent.recv(1)
 
 
-def test_an_error_on_a_sound_device_costs_one_batch(dispatcher, device, sent):
+def test_an_error_on_a_sound_device_costs_one_batch(rig):
     """The same words from a device that still computes are the model's failure."""
     error = RuntimeError("CUDA error: no kernel image is available")
-    run(dispatcher, ScriptedExecutor(error, torch.ones(1)), batch(1), batch(2))
-    assert [type(each) for each in sent] == [BatchFailed, BatchRan]
-    assert sent[0].code == "model_failed"
-    assert device.reclaimed == 0
+    answers = rig.run(ScriptedExecutor(error, torch.ones(1)), batch(1), batch(2))
+    assert [type(each) for each in answers] == [BatchFailed, BatchRan]
+    assert answers[0].code == "model_failed"
+    assert rig.device.reclaimed == 0
 
 
-def test_memory_is_reclaimed_when_it_ran_out(dispatcher, device, sent):
+def test_memory_is_reclaimed_when_it_ran_out(rig):
     """What the failed batch had taken is given back before the next one runs."""
     error = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-    run(dispatcher, ScriptedExecutor(error, torch.ones(1)), batch(1), batch(2))
-    assert [getattr(each, "code", None) for each in sent] == ["resource_exhausted", None]
-    assert device.reclaimed == 1
+    answers = rig.run(ScriptedExecutor(error, torch.ones(1)), batch(1), batch(2))
+    assert [getattr(each, "code", None) for each in answers] == ["resource_exhausted", None]
+    assert rig.device.reclaimed == 1
 
 
 @pytest.mark.parametrize(
@@ -138,23 +251,181 @@ def test_memory_is_reclaimed_when_it_ran_out(dispatcher, device, sent):
         (TensorRef("x", "BYTES", (1,), 0, 3), "input 'x': the length of BYTES element 0"),
     ],
 )
-def test_inputs_that_contradict_themselves_are_refused(dispatcher, sent, ref, message):
+def test_inputs_that_contradict_themselves_are_refused(rig, ref, message):
     """No read leaves the inbox, and no tensor has more elements than bytes."""
-    run(dispatcher, ScriptedExecutor(), batch(1, ref))
-    (failed,) = sent
+    (failed,) = rig.run(ScriptedExecutor(), batch(1, ref))
     assert failed.code == "invalid_argument"
     assert failed.message.startswith(message)
 
 
-def test_the_loader_may_borrow_the_thread(dispatcher):
-    """A call from another thread runs in its turn and returns its result."""
-    import threading
+def test_a_model_that_is_not_there_is_told(rig):
+    """The agent and the engine disagree: the batch says so."""
+    rig.send(RunBatch(1, ModelId("other/1"), 1, ()))
+    rig.dispatcher.finish()
+    rig.dispatcher.serve()
+    assert rig.answer().code == "not_found"
 
-    results = []
-    other = threading.Thread(target=lambda: results.append(dispatcher.call(lambda: 7)))
-    other.start()
-    ended = threading.Thread(target=lambda: (other.join(10), dispatcher.finish()))
-    ended.start()
-    dispatcher.serve()
-    ended.join(10)
-    assert results == [7]
+
+def test_the_loader_may_borrow_the_thread(rig):
+    """A call from another thread runs although no batch comes, and returns its result."""
+    rig.start()
+    assert rig.dispatcher.call(lambda: 7) == 7
+    assert rig.dispatcher.call(threading.get_ident) != threading.get_ident()
+
+
+def test_a_full_outbox_waits_for_the_agent(rig):
+    """The release comes over the same socket, behind batches that run later."""
+    rig.loaded(ScriptedExecutor(*(torch.ones(OUTBOX_BYTES // 4) * n for n in (1, 2, 3))))
+    rig.send(batch(1), batch(2), batch(3))
+    rig.start()
+    first = rig.answer()
+    assert first.batch == 1
+    for number in (1, 2):
+        rig.send(Release((number,)))
+        assert rig.answer().batch == number + 1
+    assert bytes(rig.outbox.view[:4]) == torch.full((1,), 3.0).numpy().tobytes()
+
+
+def test_a_batch_without_room_for_ever_fails_alone(rig):
+    """Outputs larger than the whole outbox."""
+    large, small = torch.ones(OUTBOX_BYTES), torch.ones(1)
+    answers = rig.run(ScriptedExecutor(large, small), batch(1), batch(2))
+    assert answers[0].code == "too_large"
+    assert isinstance(answers[1], BatchRan)
+
+
+def test_an_agent_that_is_gone_ends_the_dispatching(rig):
+    """There is nobody to answer to."""
+    rig.agent.close()
+    with pytest.raises(ConnectionError):
+        rig.dispatcher.serve()
+
+
+def test_peaks_are_measured_for_growing_inputs(rig):
+    """Where measuring costs something, it is done when there is something to learn; and not
+    while a load moves what is measured."""
+    ref = TensorRef("x", "FP32", (4,), 0, 16)
+    commands = [batch(1, ref), batch(2, ref)]
+    answers = rig.run(ScriptedExecutor(torch.ones(1), torch.ones(1)), *commands)
+    assert [each.workspace_bytes for each in answers] == [1000, 0]
+
+
+def test_no_peak_is_told_while_memory_moves(rig):
+    """It may be the loader's."""
+    rig.dispatcher.memory_moves.set()
+    ref = TensorRef("x", "FP32", (4,), 0, 16)
+    (ran,) = rig.run(ScriptedExecutor(torch.ones(1)), batch(1, ref))
+    assert ran.workspace_bytes == 0
+
+
+# --- a device that works beside the thread
+
+
+def test_one_batch_is_prepared_while_another_computes(late, lanes):
+    """The second runs before the first has arrived, the third has to wait; answers come in
+    order and tell the device's own seconds."""
+    executor = ScriptedExecutor(*(torch.ones(1) for _ in range(3)))
+    late.loaded(executor)
+    late.send(batch(1), batch(2), batch(3))
+    late.start()
+    for _ in range(2):
+        executor.runs.get(timeout=DEADLINE_S)
+    assert executor.runs.empty()
+    for number in (1, 2, 3):
+        lanes.arrivals.put(number / 10)
+        assert late.answer() == BatchRan(
+            number, (TensorRef("OUTPUT__0", "FP32", (1,), (number - 1) * 64, 4),), number / 10, 0
+        )
+
+
+def test_all_is_answered_before_the_end(late, lanes):
+    """`serve` returns when the last outputs have arrived."""
+    late.loaded(ScriptedExecutor(torch.ones(1), torch.ones(1)))
+    late.send(batch(1), batch(2))
+    late.dispatcher.finish()
+    late.start()
+    lanes.arrivals.put(0.1)
+    lanes.arrivals.put(0.1)
+    assert [late.answer().batch for _ in range(2)] == [1, 2]
+
+
+def test_a_call_has_the_device_for_itself(late, lanes):
+    """What a warm-up measures is its own."""
+    late.loaded(ScriptedExecutor(torch.ones(1)))
+    late.send(batch(1))
+    late.start()
+    results: list[float] = []
+    calling = threading.Thread(
+        target=lambda: results.append(late.dispatcher.call(time.perf_counter))
+    )
+    calling.start()
+    arrived = time.perf_counter()
+    lanes.arrivals.put(0.1)
+    assert late.answer().batch == 1
+    calling.join(DEADLINE_S)
+    assert results
+    assert results[0] > arrived
+
+
+def test_room_is_waited_for_while_others_are_answered(late, lanes):
+    """The agent releases only what it was told of, so that must not have to wait."""
+    late.loaded(ScriptedExecutor(*(torch.ones(OUTBOX_BYTES // 4) for _ in range(2))))
+    late.send(batch(1), batch(2))
+    late.start()
+    lanes.arrivals.put(0.1)
+    assert late.answer().batch == 1
+    late.send(Release((1,)))
+    lanes.arrivals.put(0.1)
+    assert late.answer().batch == 2
+
+
+def test_an_error_that_comes_late_costs_one_batch(late, lanes):
+    """The device is asked whether it still works, and the batch's room is free again, for the
+    one that may be waiting for it."""
+    late.loaded(ScriptedExecutor(*(torch.ones(OUTBOX_BYTES // 4) for _ in range(2))))
+    late.send(batch(1), batch(2))
+    late.start()
+    lanes.arrivals.put(RuntimeError("CUDA error: unspecified"))
+    assert late.answer() == BatchFailed(1, "model_failed", "CUDA error: unspecified")
+    lanes.arrivals.put(0.1)
+    assert late.answer().batch == 2
+
+
+def test_a_device_lost_while_waiting_for_it_ends_the_engine(late, lanes):
+    """Nothing is answered after that."""
+    late.device.lost = True
+    late.loaded(ScriptedExecutor(torch.ones(1)))
+    late.send(batch(1))
+    late.start()
+    lanes.arrivals.put(RuntimeError("CUDA error: an illegal memory access"))
+    late._threads[1].join(DEADLINE_S)
+    assert ["illegal memory access" in str(error) for error in late.lost] == [True]
+    lanes.places.release()
+
+
+def test_inputs_move_ahead_where_the_model_takes_nothing_but_tensors(late, lanes):
+    """A number is read by the host. And what a model may write to is settled first, unless it
+    was found to write nothing."""
+    executor = ScriptedExecutor(torch.ones(1), torch.ones(1))
+    late.loaded(executor)
+    late.start()
+    for schema, may_write in (
+        (executor.schema, True),
+        ((*executor.schema, Argument("n", "int")), False),
+    ):
+        executor.schema = schema
+        late.loaded(executor, may_write=may_write)
+        late.send(batch(1))
+        lanes.arrivals.put(0.1)
+        assert isinstance(late.answer(), BatchRan)
+    assert lanes.boarded == [(True, True), (False, False)]
+
+
+def test_a_peak_has_room_for_the_batch_beside_it(late, lanes):
+    """While one computes, another's inputs and outputs may be on the device."""
+    late.device.cheap_to_measure = True
+    late.loaded(ScriptedExecutor(torch.ones(4)))
+    late.send(batch(1, TensorRef("x", "FP32", (8,), 0, 32)))
+    late.start()
+    lanes.arrivals.put(0.1)
+    assert late.answer().workspace_bytes == 1000 + 32 + 64

@@ -19,6 +19,7 @@ from services.placer.core.view import (
     asks_for_depth,
 )
 from shared.control import ModelReport
+from shared.layout import Share
 from shared.models import Footprint
 from shared.names import ModelId
 
@@ -96,6 +97,50 @@ def test_the_worker_that_has_the_weights_is_preferred():
     device = worker("w3", reports=[report("a")])
     assert binds(plan(view([disk, host, device], [a]), POLICY)) == {("a", "w3")}
     assert binds(plan(view([disk, host], [a]), POLICY)) == {("a", "w2")}
+
+
+def test_what_fits_no_device_is_held_in_the_hosts_memory():
+    """Where it is swapped in; a device with room comes first, and nobody has to make room for it.
+    Beyond both it is refused, and what is larger than a device is refused at once."""
+    first, a, big = model("first"), model("a", waiting=True, size_bytes=60), model("big")
+    big = msgspec.structs.replace(big, size_bytes=101, waiting=True)
+    swapping = worker("w1", "first", host_bytes=40, reports=[report("first", size=70, bound=True)])
+    decided = plan(view([swapping], [first, a]), POLICY)
+    assert binds(decided) == {("a", "w1")}
+    assert not decided.unbind
+    assert decided.bind[0].reason.endswith("to be swapped in")
+    assert verify(decided, view([swapping], [first, a]))[0] == decided
+    assert binds(plan(view([swapping, worker("w2")], [first, a]), POLICY)) == {("a", "w2")}
+    less = msgspec.structs.replace(swapping, host_bytes=29)
+    young = msgspec.structs.replace(less, assigned={ModelId("first/1"): Binding(NOW)})
+    (no,) = plan(view([young], [first, a]), POLICY).refused
+    assert str(no.refusal) == (
+        "no room on the device and in the host's memory: needs 60 bytes, 59 are free"
+    )
+    (no,) = plan(view([swapping], [first, big]), POLICY).refused
+    assert no.permanent
+
+
+def test_a_part_that_is_shared_counts_once():
+    """Ten models of 50 with 48 in common fit 70."""
+    shares = (Share("backbone", 48),)
+    names = [f"m{n}" for n in range(10)]
+    reports = [report(name, tier="disk") for name in names]
+    footprint = Footprint(50, shares=shares)
+    reports = [msgspec.structs.replace(each, footprint=footprint) for each in reports]
+    crowded = view(
+        [worker("w", *names[:9], budget=68, reports=reports)],
+        [model(name, waiting=True) for name in names],
+    )
+    assert binds(plan(crowded, POLICY)) == {("m9", "w")}
+
+
+def test_the_time_of_a_swap_is_what_the_worker_says():
+    """Rather than a share of the load."""
+    a = model("a", waiting=True, load_seconds=1.0)
+    slow = worker("w1", reports=[report("a", tier="host", load_seconds=0.5)])
+    fast = worker("w2", reports=[report("a", tier="host", load_seconds=0.01)])
+    assert binds(plan(view([slow, fast], [a]), POLICY)) == {("a", "w2")}
 
 
 def test_a_free_worker_is_preferred_to_a_busy_one_with_the_weights():

@@ -7,7 +7,9 @@ import os
 import pytest
 
 from services.worker import devices
+from services.worker.app import host_budget
 from services.worker.config import WorkerConfig
+from services.worker.hostmemory import available_bytes
 from services.worker.launch import engine_environment
 from shared.config import ConfigError, load
 from shared.units import parse_bytes
@@ -17,6 +19,7 @@ from shared.units import parse_bytes
     ("setting", "value"),
     [
         ("BUDGET_BYTES", "lots"),
+        ("HOST_BYTES", "some"),
         ("DEVICE", "gpu0"),
         ("WORKER_ID", "a/b"),
         ("INBOX_BYTES", "1MiB"),
@@ -41,6 +44,24 @@ def test_settings_come_from_the_environment():
     assert parse_bytes(config.budget_bytes) == 4 << 30
     assert config.new_worker_id() != config.new_worker_id()
     assert load(WorkerConfig, "WORKER", {}).device == "auto"
+
+
+def test_the_host_tier_is_half_of_what_is_free(tmp_path):
+    """On a GPU, and at most eight times its budget; on a CPU there is none unless it is asked
+    for. A container's limit counts, but not the files that it has cached."""
+    assert host_budget(WorkerConfig(), "cpu", 10) == 0
+    assert host_budget(WorkerConfig(host_bytes="1KiB"), "cpu", 10) == 1024
+    assert host_budget(WorkerConfig(), "cuda:0", 10) == 80
+    assert host_budget(WorkerConfig(), "cuda:0", 1 << 60) < 1 << 50
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:       5 kB\n")
+    assert available_bytes(meminfo, tmp_path) == 5 * 1024
+    for name, text in (("max", "4000"), ("current", "3000"), ("stat", "anon 1\ninactive_file 70")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert available_bytes(meminfo, tmp_path) == 1070
+    (tmp_path / "memory.max").write_text("max")
+    assert available_bytes(meminfo, tmp_path) == 5 * 1024
+    assert available_bytes(tmp_path / "none", tmp_path) == 0
 
 
 def test_an_engine_gets_no_credentials(monkeypatch):

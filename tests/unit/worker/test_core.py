@@ -30,10 +30,14 @@ from services.worker.core.events import (
     StopConsumer,
 )
 from services.worker.core.worker import WorkerCore
-from shared.models import Manifest
+from shared.models import Case, Manifest
 from shared.names import model_id
 
 A, B = model_id("a", 1), model_id("b", 1)
+
+
+def loaded(model: str, batch_s: float = 0.004, rows: tuple[int, ...] = (1,)) -> ModelLoaded:
+    return ModelLoaded(model, (), 10, 0.1, tuple(Case(each, 0, batch_s) for each in rows))
 
 
 def fetched(model: str, digit: str = "0") -> ModelFetched:
@@ -59,8 +63,7 @@ class Desk:
         for model in models:
             self.tell(fetched(model))
         for model in models:
-            times = dict.fromkeys((1, 4), batch_s)
-            for start in self.tell(ModelLoaded(model, (), 10, {}, times, 0.1)):
+            for start in self.tell(loaded(model, batch_s, (1, 4))):
                 if isinstance(start, StartConsumer):
                     self.subscriptions[start.model] = start.subscription
                     self.tell(ConsumerStarted(start.subscription))
@@ -163,7 +166,7 @@ def test_a_lost_engine_s_batch_is_tried_item_by_item():
     for life in range(2):
         loads = of(LoadModel, desk.tell(EngineStarted(1000, "cpu")))
         assert [load.model for load in loads] == [A]
-        actions = desk.tell(ModelLoaded(A, (), 10, {}, {1: 0.004}, 0.1))
+        actions = desk.tell(loaded(A))
         assert [run.items for run in of(RunBatch, actions)] == [(1,)], life
         actions = desk.tell(EngineLost("killed"))
     assert [(b.item, b.fault.code) for b in of(Bury, actions)] == [(1, "quarantined")]
@@ -198,7 +201,7 @@ def dies_at_once(desk: Desk, times: int) -> list[Action]:
         for stop in of(StopConsumer, actions):
             desk.tell(ConsumerStopped(stop.subscription))
         if of(LoadModel, desk.tell(EngineStarted(1000, "cpu"))):
-            desk.tell(ModelLoaded(A, (), 10, {}, {1: 0.004}, 0.1))
+            desk.tell(loaded(A))
     return actions
 
 
@@ -264,7 +267,7 @@ def test_a_load_that_hangs_costs_the_engine_its_life():
         desk.tell(*map(ItemSettled, range(1, desk.last + 1)))
         loads = of(LoadModel, desk.tell(EngineStarted(1000, "cpu")))
         assert [load.model for load in loads] == [A]
-        actions = desk.tell(ModelLoaded(A, (), 10, {}, {1: 0.004}, 0.1))
+        actions = desk.tell(loaded(A))
         (start,) = of(StartConsumer, actions)
         desk.subscriptions[A] = start.subscription
         desk.tell(ConsumerStarted(start.subscription))
@@ -283,7 +286,7 @@ def test_a_model_that_nothing_hangs_on_is_forgotten():
     assert of(ForgetModel, desk.tell(ItemSettled(1))) == []
     assert A in desk.core.state.models
     desk.tell(Assigned((B,), 1, 3))
-    desk.core.state.budget_bytes = 10
+    desk.core.state.device.budget_bytes = 10
     desk.tell(fetched(B))
     assert [gone.model for gone in of(ForgetModel, desk.tell(ModelEvicted(A)))] == [A]
     assert desk.core.state.models.keys() == {B}

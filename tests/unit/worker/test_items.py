@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.worker.items import Items
 from shared.broker.port import Message
-from shared.models import ModelSpec, TensorSpec
+from shared.models import ModelSpec, Padding, TensorSpec
 from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId
 from shared.tensors import from_numpy
 from shared.v2 import InferRequest, encode_request
@@ -80,6 +81,57 @@ def test_what_expired_on_its_way_is_not_run():
 def test_some_can_be_told_nothing(delivery, reason):
     """Those go to the dead letters with the reason."""
     assert take(delivery).unanswerable == reason
+
+
+def asked(length: int, *, other: int | None = None, **parameters: int) -> Delivery:
+    """A request for a padded model."""
+    x, y = np.zeros((1, length, 2), "f4"), np.zeros((1, other or length), "f4")
+    inputs = (from_numpy("x", x), from_numpy("y", y))
+    body, size = encode_request(InferRequest(inputs=inputs, parameters=parameters))
+    return Delivery(body=body, headers={HEADER_LENGTH: size})
+
+
+PADDED = ModelSpec(
+    inputs=(TensorSpec("x", "FP32", (-1, 2)), TensorSpec("y", "FP32", (-1,))),
+    max_batch_size=4,
+    padding=Padding(inputs={"x": 0, "y": 0}, sizes=(8, 16)),
+)
+
+
+def test_requests_of_any_length_are_of_one_kind_where_that_is_padded():
+    """The length stands beside the kind."""
+    short, long = take(asked(3), PADDED).item, take(asked(12), PADDED).item
+    assert short.kind == long.kind == (("x", "FP32", (-1, 2)), ("y", "FP32", (-1,)))
+    assert (short.length, long.length) == (3, 12)
+
+
+def test_inputs_of_different_lengths_are_the_asker_s_fault():
+    """Where the model declares them to be of one."""
+    fault = take(asked(3, other=4), PADDED).fault
+    assert fault is not None
+    assert fault.code == "invalid_argument"
+    assert "one length" in fault.message
+
+
+def level(default: int = 0, message: int | None = None, **parameters: int) -> int:
+    spec = ModelSpec(inputs=PADDED.inputs, max_batch_size=4, default_priority_level=default)
+    delivery = asked(3, **parameters)
+    delivery.message = msgspec.structs.replace(delivery.message, priority=message)
+    return take(delivery, spec).item.priority
+
+
+def test_the_protocol_s_priority_counts_from_the_model_s_ordinary_one():
+    """1 is the most urgent; 0 and nothing are the ordinary one, 5 where the model does not say."""
+    assert (level(), level(priority=0), level(message=0)) == (0, 0, 0)
+    assert (level(priority=1), level(priority=5), level(priority=9)) == (4, 0, -4)
+    assert (level(2, priority=1), level(2, priority=2), level(2, priority=3)) == (1, 0, -1)
+    assert level(priority=2**40) == -9
+
+
+def test_amqp_s_priority_is_the_same_upside_down():
+    """9 is the most urgent, all above too; what stands in the request counts before it."""
+    assert [level(message=p) for p in (1, 5, 9, 255)] == [-4, 0, 4, 4]
+    assert level(message=9, priority=9) == -4
 
 
 @given(

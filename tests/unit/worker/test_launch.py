@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 
 import pytest
+import structlog
+
+from services.worker.launch import start
 
 _AGENT = """
 import ctypes, os
@@ -48,3 +52,31 @@ def test_a_child_cannot_read_the_credentials_in_our_environment():
     assert before == 1, "without hiding, it could be read"
     assert after == 0
     assert status == 1, "what we measure of a process stays readable"
+
+
+async def test_an_engine_s_end_does_not_wait_for_what_it_left_behind():
+    """A model may have started a process, which holds the engine's output open."""
+    engine = await start("sh", "-c", "sleep 20 & exit 3")
+    async with asyncio.timeout(10):
+        assert await engine.wait() == 3
+
+
+async def test_what_an_engine_prints_becomes_log_lines():
+    """The last line as well, though it has no end."""
+    with structlog.testing.capture_logs() as logs:
+        engine = await start("sh", "-c", "echo one; echo two >&2; printf three")
+        assert await engine.wait() == 0
+    assert [entry["line"] for entry in logs] == ["one", "two", "three"]
+
+
+async def test_a_program_that_is_not_there_is_an_error():
+    """And leaves nothing open."""
+    with pytest.raises(FileNotFoundError):
+        await start("/nowhere/at/all")
+
+
+async def test_killing_what_has_ended_is_harmless():
+    """An engine may end by itself at the same moment."""
+    engine = await start("true")
+    assert await engine.wait() == 0
+    engine.kill()

@@ -1,20 +1,26 @@
-"""The lifecycle of models on one device."""
+"""The lifecycle of models on one device, without a host tier (test_swaps.py has one)."""
 
 from __future__ import annotations
+
+from math import inf
 
 import msgspec
 
 from services.worker.core.events import (
+    EngineStarted,
     EvictModel,
     FetchModel,
     LoadFailed,
     LoadModel,
+    ModelEvicted,
     ModelFetched,
     ModelLoaded,
     TellPlacer,
 )
+from services.worker.core.placing import place
 from services.worker.core.state import WorkerState
-from shared.models import Manifest, Profile
+from services.worker.core.victims import Activity
+from shared.models import Manifest
 from shared.names import ModelId, model_id
 
 
@@ -24,12 +30,16 @@ def manifest(name: str, size: int, **spec) -> Manifest:
     )
 
 
+def loaded(model: str, size: int) -> ModelLoaded:
+    return ModelLoaded(ModelId(model), (), size, 0.1)
+
+
 class Device:
     """A device of 100 bytes on which everything goes well, unless a test says otherwise."""
 
     def __init__(self, **sizes: int) -> None:
         self.state = WorkerState()
-        self.state.engine_started(100, "cpu")
+        self.state.engine_started(EngineStarted(100, "cpu"))
         self.sizes = {model_id(name, 1): size for name, size in sizes.items()}
         self.log: list[str] = []
         self.now = 0.0
@@ -40,7 +50,15 @@ class Device:
 
     def step(self) -> list[object]:
         self.now += 1.0
-        actions = self.state.reconcile(self.now, batches_running=False, may_load=True)
+        self.state.quiesce = False
+        actions = place(
+            self.state,
+            self.now,
+            lambda model: Activity(inf, running=model.unanswered > 0),
+            batches_running=False,
+            may_load=True,
+            slots=self.state.max_loading,
+        )
         self.state.validate()
         return list(actions)
 
@@ -56,14 +74,14 @@ class Device:
                 self.state.fetched(ModelFetched(model, manifest(name, self.sizes[model])))
             case LoadModel(model=model):
                 self.log.append(f"+{model}")
-                self.state.loaded(ModelLoaded(model, (), self.sizes[model], {}, {}, 0.1))
+                self.state.loaded(loaded(model, self.sizes[model]), self.now)
                 self.state.get(model).last_used = self.now
             case EvictModel(model=model):
                 self.log.append(f"-{model}")
-                self.state.evicted(model)
+                self.state.evicted(ModelEvicted(model))
 
     def ready(self) -> set[ModelId]:
-        return {m.id for m in self.state.residents() if m.stage == "ready"}
+        return {m.id for m in self.state.ready()}
 
 
 def test_room_is_made_by_the_least_recently_used():
@@ -104,9 +122,6 @@ def test_a_model_measured_too_large_goes_again():
     """When evicting others does not help, the newcomer itself goes, and says why."""
     device = Device(a=60, b=30)
     device.want("a", "b")
-    device.state.loaded(ModelLoaded(ModelId("b/1"), (), 30, {}, {}, 0.1))
-    device.want("a")
-    device.sizes[ModelId("b/1")] = 30
     for model in ("a/1", "b/1"):
         device.state.get(ModelId(model)).consumers = int(model == "a/1")
     grown = device.state.get(ModelId("b/1")).measured
@@ -136,20 +151,37 @@ def test_a_failed_load_is_tried_again_later():
     assert [type(action) for action in device.step()] == [LoadModel]
 
 
-def test_warm_up_runs_are_for_what_is_not_known():
-    """One row for all, the greatest batch when nobody measured it, none for stateful models."""
-    state = WorkerState()
-    state.engine_started(1000, "cpu")
-    names = [model_id(name, 1) for name in ("fresh", "known", "stateful")]
-    specs = [{"max_batch_size": 8}, {"max_batch_size": 8}, {"stateful": True}]
-    state.assigned(names, 0.0)
-    state.reconcile(0.0, batches_running=False, may_load=True)
-    for name, spec in zip(names, specs, strict=True):
-        profile = Profile(device_kind="cpu", weights_bytes=9) if name == "known/1" else None
-        state.fetched(ModelFetched(name, manifest(name.partition("/")[0], 10, **spec), profile))
-    state.max_loading = 3
-    loads = state.reconcile(0.0, batches_running=False, may_load=True)
-    assert [load.warm_rows for load in loads if isinstance(load, LoadModel)] == [(1, 8), (1,), ()]
+def test_loads_follow_each_other_without_a_pause():
+    """So many are under way at once; those behind the first count their time from its end."""
+    device = Device(a=10, b=10, c=10, d=10, e=10)
+    device.state.assigned([model_id(name, 1) for name in "abcde"], device.now)
+    for action in device.step():
+        device.do(action)
+    began = device.now + 1.0
+    assert [type(action) for action in device.step()] == [LoadModel] * 4
+    assert device.state.load_due(5.0) == (began + 5.0, "a/1 was loading for 5 s")
+    device.state.loaded(loaded("c/1", 10), began + 1.0)
+    assert device.state.load_due(5.0) == (began + 5.0, "a/1 was loading for 5 s")
+    device.state.loaded(loaded("a/1", 10), began + 4.0)
+    assert device.state.load_due(5.0) == (began + 9.0, "b/1 was loading for 5 s")
+    assert [action.model for action in device.step()] == ["e/1"]
+
+
+def test_of_several_loads_the_first_is_guilty():
+    """The others only load alone next time."""
+    device = Device(a=10, b=10)
+    device.state.assigned([model_id(name, 1) for name in "ab"], device.now)
+    for action in device.step():
+        device.do(action)
+    device.step()
+    device.state.engine_lost(batch_running=False)
+    assert [m.load_deaths for m in device.state.models.values()] == [1, 0]
+    assert all(m.suspect for m in device.state.models.values())
+    device.state.engine_started(EngineStarted(100, "cpu"))
+    assert [action.model for action in device.step()] == ["a/1"]
+    assert device.state.quiesce
+    device.state.loaded(loaded("a/1", 10), device.now)
+    assert [action.model for action in device.step()] == ["b/1"]
 
 
 def test_a_model_that_kills_engines_at_load_stays_away_until_its_file_is_another():
@@ -162,7 +194,7 @@ def test_a_model_that_kills_engines_at_load_stays_away_until_its_file_is_another
                 if isinstance(action, FetchModel):
                     device.do(action)
         device.state.engine_lost(batch_running=False)
-        device.state.engine_started(100, "cpu")
+        device.state.engine_started(EngineStarted(100, "cpu"))
     model = device.state.get(ModelId("a/1"))
     assert model.error == "quarantined: it ended 2 engines as it was loaded"
     for _ in range(2):

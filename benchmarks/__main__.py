@@ -1,0 +1,102 @@
+"""`python -m benchmarks NAME`: one benchmark, its table, and JSON as the last line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import torch
+import uvloop
+
+from benchmarks import density, engine, oversubscribe, swap
+from benchmarks.outcome import Outcome, page, save, show
+from shared.units import parse_bytes
+
+RESULTS: Final = Path(__file__).parents[1] / "docs" / "results"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=[*BENCHMARKS, "page"], help="page: only write the summary")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--budget", default="0", help="density: of the device, e.g. 15.1GB")
+    parser.add_argument("--family", default="", help="bert-base, minilm or tiny")
+    parser.add_argument("--models", type=int, default=0, help="density: how many should fit")
+    parser.add_argument("--registered", type=int, default=0, help="density: drawn out of so many")
+    parser.add_argument("--fine-tunes", type=int, default=0, help="density: of one backbone")
+    parser.add_argument("--rounds", type=int, default=0, help="swap: how many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help="keep the outcome in docs/results")
+    return parser
+
+
+def _density(args: argparse.Namespace) -> Awaitable[Outcome]:
+    given = {
+        "models": args.models,
+        "registered": args.registered,
+        "fine_tunes": args.fine_tunes,
+    }
+    return density.run(
+        args.device,
+        budget_bytes=parse_bytes(args.budget),
+        family_name=args.family,
+        seed=args.seed,
+        **{name: value for name, value in given.items() if value},
+    )
+
+
+def _swap(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return swap.run(args.device, family_name=args.family or "bert-base", rounds=args.rounds or 100)
+
+
+def _engine(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return engine.run(args.device, family_name=args.family or "minilm")
+
+
+def _oversubscribe(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return oversubscribe.run(args.device, family_name=args.family or "minilm", seed=args.seed)
+
+
+BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Awaitable[Outcome]]]] = {
+    "density": _density,
+    "swap": _swap,
+    "oversubscribe": _oversubscribe,
+    "engine": _engine,
+}
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    if args.name == "page":
+        _write_page()
+        return 0
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        print("there is no CUDA device here; --device cpu measures the same on a CPU")
+        return 2
+    torch.set_num_threads(1)  # as the engine: far steadier on shared cores
+
+    async def run() -> Outcome:
+        return await BENCHMARKS[args.name](args)
+
+    outcome = uvloop.run(run()) if sys.platform != "win32" else asyncio.run(run())
+    if args.save:
+        save(outcome, RESULTS)
+        _write_page()
+    show(outcome)
+    return 0
+
+
+def _write_page() -> None:
+    order = {name: place for place, name in enumerate(BENCHMARKS)}
+    kept = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-c*.json"))]
+    kept.sort(key=lambda each: (order.get(each["name"], len(order)), each["machine"]["device"]))
+    (RESULTS / "benchmarks.md").write_text(page(kept))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

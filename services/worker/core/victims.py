@@ -1,0 +1,118 @@
+"""Who makes room, on the device and in the host's memory. Laws, besides those of state.py:
+
+- Off the device goes first what nobody wants and nothing hangs on; then, with a host tier, what
+  has nothing to do, the least recently used first; then what is due last. What has just come in
+  for an item stays until it had its batch: so nothing goes to and fro for nothing.
+- Copies in the host's memory make room for copies: of what nobody wants first those that stand
+  on the device as well, since nothing is lost by them now, and of these the most recently used
+  first, since that stays on the device longest; then the least recently used of the others.
+  Copies of what is wanted go only so that another wanted model can be held at all, and only those
+  of what is on the device: a model there does not need its copy now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import inf
+from typing import NamedTuple
+
+from services.worker.core.events import Action, TellPlacer
+from services.worker.core.model import Model, by_last_use
+from services.worker.core.state import WorkerState
+from shared.fit import fit
+from shared.models import Footprint
+from shared.names import ModelId
+
+
+class Activity(NamedTuple):
+    """What a model on the device has to do."""
+
+    due: float
+    """Of the most urgent item that waits for it; infinite when none does."""
+    running: bool
+    """A batch of it is under way."""
+
+    @property
+    def idle(self) -> bool:
+        return self.due == inf and not self.running
+
+
+Watch = Callable[[Model], Activity]
+
+
+def leavers(state: WorkerState, watch: Watch, due_after: float) -> Iterator[ModelId]:
+    """What may leave the device for something that is due at `due_after`, first what is missed
+    least. What has a batch under way is among them: it can leave when that has ended."""
+    yield from (model.id for model in state.idle())
+    if not state.swapping:
+        return
+    resting: list[Model] = []
+    busy: list[tuple[float, tuple[float, ModelId], ModelId]] = []
+    for model in state.ready():
+        wanted = model.id in state.wanted
+        if wanted and model.pinned:
+            continue
+        activity = watch(model)
+        if not activity.idle:
+            if model.ran and activity.due > due_after:
+                busy.append((-activity.due, by_last_use(model), model.id))
+        elif wanted or model.consumers or model.unanswered:  # else it is in the first group
+            resting.append(model)
+    yield from (model.id for model in sorted(resting, key=by_last_use))
+    yield from (name for _, _, name in sorted(busy))
+
+
+def make_way(
+    state: WorkerState, newcomer: Footprint | None, watch: Watch, due_after: float
+) -> list[ModelId] | None:
+    """Who is to be evicted now so that the newcomer fits (for None: so that the rest does). None
+    when it cannot have its room now; those that have to leave for it get no more batches."""
+    victims = state.device.victims(newcomer, leavers(state, watch, due_after))
+    if victims is None:
+        return None
+    running = [name for name in victims if watch(state.get(name)).running]
+    state.leaving.update(running)
+    return None if running else victims
+
+
+def make_way_for_copy(
+    state: WorkerState, model: Model, *, at_any_cost: bool
+) -> list[Action] | None:
+    """What must go so that a copy of the model can be in the host's memory; None when it cannot.
+    `at_any_cost`: it has no other place to be."""
+    if model.as_copy is None or model.copy == "going":
+        return None
+    if model.in_host:
+        return []
+    held = [m for m in map(state.get, state.host) if m.copy == "held" and m.stage != "loading"]
+    doubles = sorted((m for m in held if m.stage == "ready"), key=by_last_use, reverse=True)
+    candidates = [m for m in doubles if m.id not in state.wanted]
+    single = (m for m in held if m.stage != "ready" and m.id not in state.wanted)
+    candidates += sorted(single, key=by_last_use)
+    if at_any_cost:
+        candidates += [m for m in doubles if m.id in state.wanted]
+    victims = state.host.victims(model.as_copy, [m.id for m in candidates])
+    if victims is None:
+        return None
+    return [state.drop_copy(state.get(victim)) for victim in victims]
+
+
+def shrink(state: WorkerState, watch: Watch) -> list[Action]:
+    """Makes the device fit its budget again after a measurement: last of all goes what is wanted
+    and has no consumer yet, and says so."""
+    fresh = [m.id for m in reversed(state.ready()) if not m.consumers and not m.unanswered]
+    victims = make_way(state, None, watch, -inf)
+    if victims is None and not state.leaving:
+        candidates = dict.fromkeys([*leavers(state, watch, -inf), *fresh])
+        at_once = [name for name in candidates if not watch(state.get(name)).running]
+        victims = state.device.victims(None, at_once)
+        victims = at_once if victims is None else victims
+    actions: list[Action] = []
+    for victim in map(state.get, victims or ()):
+        actions.append(state.evict(victim))
+        if victim.id in state.wanted and (not state.swapping or victim.pinned):
+            refusal = fit(victim.footprint, state.device.footprints(), state.device.budget_bytes)
+            state.claims.release(victim)
+            victim.error = str(refusal) if refusal else "measured larger than its estimate"
+            actions.append(TellPlacer(f"{victim.id}: {victim.error}"))
+    return actions

@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule  # noqa: E402
+from msgspec.structs import replace  # noqa: E402
+
+from services.worker.engine.blocks import BlockMemory, BlockStore  # noqa: E402
+from services.worker.engine.failures import Failed  # noqa: E402
+from services.worker.engine.memory import CpuDevice  # noqa: E402
+from shared.layout import aligned  # noqa: E402
+from tests.unit.engine.engine_weights import Weights, anonymous_bytes, noise  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+KIB = 1024
+DEVICE = CpuDevice()
+
+
+def store(device_kib=64, host_kib=64, **options) -> BlockStore:
+    options = {"slab_bytes": 16 * KIB, "patience_s": 5.0, **options}
+    return BlockStore(DEVICE, device_bytes=device_kib * KIB, host_bytes=host_kib * KIB, **options)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Makes files full of blocks: `weights("name", b"first", b"second", …)`."""
+    made = []
+
+    def make(name, *blocks):
+        made.append(Weights(tmp_path, name, blocks))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.file.close()
+
+
+def place(kept: BlockStore, name: str, weights: Weights, *, keep_host=False):
+    return kept.place(name, weights.layout, weights.file, keep_host=keep_host)
+
+
+def hold(kept: BlockStore, name: str, weights: Weights) -> None:
+    kept.hold(name, weights.layout, weights.file)
+
+
+def contents(placed) -> tuple[bytes, ...]:
+    return tuple(view.numpy().tobytes() for view in placed.views)
+
+
+def test_a_model_comes_from_the_disk_and_from_the_host(weights):
+    """Its bytes are the file's, whichever way they came; the answer says which."""
+    kept, model = store(), weights("m", noise(1, 5000), b"", noise(2, 300))
+    straight = place(kept, "m", model)
+    assert contents(straight) == model.contents
+    assert (straight.source, straight.weights_bytes) == ("disk", 5120 + 512)
+    assert not kept.in_tier("m", "host")
+    kept.evict("m", "device")
+    through = place(kept, "m", model, keep_host=True)
+    assert contents(through) == model.contents
+    assert (through.source, kept.in_tier("m", "host")) == ("disk", True)
+    kept.evict("m", "device")
+    model.path.unlink()
+    model.file.close()
+    back = place(kept, "m", model)
+    assert contents(back) == model.contents
+    assert back.source == "host"
+
+
+def test_holding_takes_host_memory_alone(weights):
+    """A model in the host tier takes nothing of the device."""
+    kept, model = store(), weights("m", noise(1, 5000))
+    hold(kept, "m", model)
+    hold(kept, "m", model)
+    assert kept.memory() == BlockMemory(0, 0, 5120, 16 * KIB - 5120)
+    assert (kept.in_tier("m", "host"), kept.in_tier("m", "device")) == (True, False)
+
+
+def test_evicting_gives_bytes_back_at_once_and_slabs_after_a_while(weights):
+    """A swap finds the slab that it needs; the system gets what nobody needs."""
+    kept, model = store(), weights("m", noise(1, 5000))
+    place(kept, "m", model)
+    assert kept.tidy(100.0) is None
+    kept.evict("m", "device")
+    kept.evict("m", "device")
+    kept.evict("m", "host")
+    assert kept.memory() == BlockMemory(0, 16 * KIB, 0, 0)
+    assert kept.tidy(100.0) == 105.0
+    assert kept.tidy(104.0) == 105.0
+    assert kept.memory().device_spare_bytes == 16 * KIB
+    assert kept.tidy(105.0) is None
+    assert kept.memory() == BlockMemory(0, 0, 0, 0)
+    assert contents(place(kept, "m", model)) == model.contents
+
+
+def test_a_slab_that_was_used_meanwhile_waits_anew(weights):
+    """Patience counts from the last time that a slab became empty."""
+    kept, model = store(), weights("m", noise(1, 5000))
+    place(kept, "m", model)
+    kept.evict("m", "device")
+    kept.tidy(100.0)
+    place(kept, "m", model)
+    kept.evict("m", "device")
+    assert kept.tidy(104.0) == 109.0
+    assert kept.tidy(106.0) == 109.0
+
+
+def test_placing_again_makes_views_and_nothing_else(weights):
+    """A second place of the same model moves no bytes and takes no room; it may still ask for
+    the host's copy."""
+    kept, model = store(), weights("m", noise(1, 5000))
+    first = place(kept, "m", model)
+    second = place(kept, "m", model)
+    assert second.source == "host"
+    assert second.views[0].data_ptr() == first.views[0].data_ptr()
+    assert kept.memory().device_bytes == 5120
+    assert place(kept, "m", model, keep_host=True).source == "disk"
+    assert kept.memory().host_bytes == 5120
+    kept.evict("m", "device")
+    assert kept.memory().device_bytes == 0
+
+
+def test_equal_blocks_are_kept_once(weights):
+    """Models of one backbone share it in both tiers, and it stays for the last of them."""
+    kept, backbone = store(), noise(0, 20_000)
+    one = weights("one", backbone, noise(1, 1000))
+    two = weights("two", noise(2, 1000), backbone)
+    hold(kept, "one", one)
+    first = place(kept, "one", one)
+    second = place(kept, "two", two, keep_host=True)
+    assert first.weights_bytes == second.weights_bytes == 20_480 + 1024
+    assert kept.memory().device_bytes == kept.memory().host_bytes == 20_480 + 2 * 1024
+    assert first.views[0].data_ptr() == second.views[1].data_ptr()
+    kept.evict("one", "device")
+    kept.evict("one", "host")
+    assert contents(second) == two.contents
+    assert kept.memory().device_bytes == 20_480 + 1024
+    kept.evict("two", "device")
+    assert kept.memory().device_bytes == 0
+
+
+def test_what_another_model_holds_in_the_host_need_not_be_read(weights):
+    """Only what is nowhere comes from the disk."""
+    kept, backbone = store(), noise(0, 20_000)
+    one, two = weights("one", backbone, b"1"), weights("two", backbone)
+    hold(kept, "one", one)
+    two.path.unlink()
+    placed = place(kept, "two", two, keep_host=True)
+    assert placed.source == "host"
+    assert contents(placed) == two.contents
+
+
+def test_equal_blocks_of_one_model_are_kept_once(weights):
+    """Layers that begin alike cost one of them."""
+    kept, model = store(), weights("m", noise(1, 1000), noise(2, 500), noise(1, 1000))
+    placed = place(kept, "m", model)
+    assert contents(placed) == model.contents
+    assert placed.weights_bytes == kept.memory().device_bytes == 1536
+
+
+def test_without_sharing_every_block_is_its_models_own(weights):
+    """Equal content takes room as often as it comes."""
+    kept, backbone = store(share=False), noise(0, 1000)
+    one, two = weights("one", backbone, backbone), weights("two", backbone)
+    first, second = place(kept, "one", one), place(kept, "two", two, keep_host=True)
+    assert len({view.data_ptr() for view in (*first.views, *second.views)}) == 3
+    assert (first.weights_bytes, second.weights_bytes) == (2048, 1024)
+    assert kept.memory().device_bytes == 3 * 1024
+    kept.evict("one", "device")
+    assert contents(second) == two.contents
+
+
+@pytest.mark.parametrize(("device_kib", "host_kib"), [(10, 64), (64, 10)])
+def test_what_does_not_fit_is_refused_and_changes_nothing(weights, device_kib, host_kib):
+    """Either tier may refuse; the model is then in neither, and who was there stays."""
+    kept = store(device_kib, host_kib, slab_bytes=4 * KIB)
+    small, large = (
+        weights("small", noise(1, 3000)),
+        weights("large", *[noise(2, 2000)], noise(3, 9000)),
+    )
+    stays = place(kept, "small", small, keep_host=True)
+    before = kept.memory()
+    with pytest.raises(Failed, match=r"large needs 11,264 bytes: 1,024 are free") as error:
+        place(kept, "large", large, keep_host=True)
+    assert error.value.code == "resource_exhausted"
+    after = kept.memory()
+    assert (after.device_bytes, after.host_bytes) == (before.device_bytes, before.host_bytes)
+    assert not kept.in_tier("large", "device")
+    assert not kept.in_tier("large", "host")
+    assert contents(stays) == small.contents
+    kept.validate()
+
+
+def test_a_file_that_cannot_be_read_leaves_nothing(weights):
+    """Neither tier has half of a model, and what it shares with others stays whole."""
+    kept, backbone = store(), noise(0, 1000)
+    good, bad = weights("good", backbone), weights("bad", backbone, noise(1, 2000), noise(2, 3000))
+    stays = place(kept, "good", good, keep_host=True)
+    before = kept.memory()
+    os.truncate(bad.path, 4000)
+    for keep_host in (False, True):
+        with pytest.raises(Failed, match="cut short") as error:
+            place(kept, "bad", bad, keep_host=keep_host)
+        assert error.value.code == "model_failed"
+    with pytest.raises(Failed, match="cut short"):
+        hold(kept, "bad", bad)
+    assert kept.memory() == before
+    assert not kept.in_tier("bad", "device")
+    assert not kept.in_tier("bad", "host")
+    assert contents(stays) == good.contents
+    kept.validate()
+
+
+def test_a_model_in_the_host_stays_there_when_the_device_refuses(weights):
+    """A refused swap costs nothing: it can be tried again."""
+    kept, model = store(device_kib=4), weights("m", noise(1, 9000))
+    hold(kept, "m", model)
+    with pytest.raises(Failed, match="device tier"):
+        place(kept, "m", model, keep_host=True)
+    assert kept.in_tier("m", "host")
+
+
+def test_a_layout_that_reaches_beyond_its_blocks_is_refused(weights):
+    """Before a byte is moved."""
+    kept, model = store(), weights("m", noise(1, 1000))
+    slot = replace(model.layout.slots[0], shape=(1001,))
+    with pytest.raises(Failed, match="reaches beyond its block"):
+        kept.place("m", replace(model.layout, slots=(slot,)), model.file, keep_host=False)
+    assert kept.memory() == BlockMemory(0, 0, 0, 0)
+
+
+def test_a_store_that_lost_its_room_in_pieces_still_takes_what_fits(weights):
+    """Blocks of a model stand wherever there is room."""
+    kept = store(device_kib=16)
+    small = [weights(f"s{index}", noise(index, 1024)) for index in range(16)]
+    for index, each in enumerate(small):
+        place(kept, f"s{index}", each)
+    for index in range(0, 16, 2):
+        kept.evict(f"s{index}", "device")
+    model = weights("m", *[noise(100 + index, 1000) for index in range(8)])
+    assert contents(place(kept, "m", model)) == model.contents
+    assert kept.memory() == BlockMemory(16 * KIB, 0, 0, 0)
+
+
+def test_a_lowered_device_budget_gives_empty_slabs_back_at_once(weights):
+    """Models that are there stay; what is reserved for nothing goes; what comes must fit."""
+    kept = store()
+    one, two, small = (weights(name, noise(ord(name), 15_000)) for name in "abc")
+    stays = place(kept, "one", one)
+    place(kept, "two", two)
+    kept.evict("two", "device")
+    kept.limit_device(20 * KIB)
+    assert kept.memory() == BlockMemory(15_360, 1024, 0, 0)
+    with pytest.raises(Failed, match="device tier"):
+        place(kept, "small", small)
+    assert contents(stays) == one.contents
+    kept.limit_device(32 * KIB)
+    assert contents(place(kept, "small", small)) == small.contents
+
+
+def test_hundreds_of_swaps_leave_no_trace(weights):
+    """The resident set does not grow with the number of swaps, and is as before at the end."""
+    mib = 1 << 20
+    model = weights("m", *[noise(index, 1 << 20) for index in range(20)])
+    before = anonymous_bytes()
+    kept = store(64 * KIB, 64 * KIB, slab_bytes=32 * mib)
+    place(kept, "m", model, keep_host=True)
+    loaded = anonymous_bytes()
+    assert loaded - before >= 64 * mib
+    for turn in range(300):
+        kept.evict("m", "device")
+        if turn % 3 == 0:
+            kept.evict("m", "host")
+        if turn % 30 == 0:
+            kept.tidy(10.0 * turn)
+            kept.tidy(10.0 * turn + 6.0)
+        place(kept, "m", model, keep_host=turn % 2 == 0)
+    assert anonymous_bytes() <= loaded + 2 * mib
+    kept.evict("m", "device")
+    kept.evict("m", "host")
+    kept.tidy(1e6)
+    kept.tidy(2e6)
+    assert kept.memory() == BlockMemory(0, 0, 0, 0)
+    assert anonymous_bytes() <= before + 4 * mib
+
+
+POOL = [noise(index, size) for index, size in enumerate((0, 1, 511, 512, 513, 2000, 5000, 9000))]
+
+
+class Swapping(RuleBasedStateMachine):
+    """Models come and go in both tiers, in any order, over blocks that many of them have."""
+
+    share = True
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = store(24, 32, slab_bytes=8 * KIB, share=self.share)
+        self.models: dict[str, Weights] = {}
+        self.tiers: dict[str, set[str]] = {"device": set(), "host": set()}
+        self.placed = {}
+        self.now = 0.0
+
+    models = st.integers(0, 5).map("m{}".format)
+
+    @contextlib.contextmanager
+    def refused(self, codes):
+        """Perhaps, and then for one of these reasons."""
+        try:
+            yield
+        except Failed as error:
+            if error.code not in codes:
+                raise
+
+    def weights(self, name, blocks):
+        if name not in self.models:
+            folder = Path(self.folder.name)
+            self.models[name] = Weights(folder, name, [POOL[index] for index in blocks])
+        return self.models[name]
+
+    @rule(
+        name=models,
+        blocks=st.lists(st.integers(0, len(POOL) - 1), min_size=1, max_size=6),
+        keep_host=st.booleans(),
+        broken=st.booleans(),
+    )
+    def place(self, name, blocks, keep_host, broken):
+        model = self.weights(name, blocks)
+        hidden = model.path.with_suffix(".hidden")
+        if broken:
+            model.file.close()
+            model.path.rename(hidden)
+        expected = {"resource_exhausted", "model_failed"} if broken else {"resource_exhausted"}
+        with self.refused(expected):
+            self.placed[name] = place(self.store, name, model, keep_host=keep_host)
+            self.tiers["device"].add(name)
+            if keep_host:
+                self.tiers["host"].add(name)
+        if broken:
+            hidden.rename(model.path)
+
+    @rule(name=models, blocks=st.lists(st.integers(0, len(POOL) - 1), min_size=1, max_size=6))
+    def hold(self, name, blocks):
+        with self.refused({"resource_exhausted"}):
+            hold(self.store, name, self.weights(name, blocks))
+            self.tiers["host"].add(name)
+
+    @rule(name=models, tier=st.sampled_from(["device", "host"]))
+    def evict(self, name, tier):
+        self.store.evict(name, tier)
+        self.tiers[tier].discard(name)
+        if tier == "device":
+            self.placed.pop(name, None)
+
+    @rule(seconds=st.sampled_from([0.0, 3.0, 6.0]))
+    def tidy(self, seconds):
+        self.now += seconds
+        at = self.store.tidy(self.now)
+        assert at is None or self.now < at <= self.now + 5.0
+
+    @invariant()
+    def every_model_is_whole(self):
+        self.store.validate()
+        for tier, names in self.tiers.items():
+            assert {name for name in self.models if self.store.in_tier(name, tier)} == names
+        for name, placed in self.placed.items():
+            assert contents(placed) == self.models[name].contents
+
+    @invariant()
+    def bytes_are_counted_and_within_the_budgets(self):
+        memory = self.store.memory()
+        assert memory.device_bytes + memory.device_spare_bytes <= 24 * KIB
+        assert memory.host_bytes + memory.host_spare_bytes <= 32 * KIB
+        for tier, used in (("device", memory.device_bytes), ("host", memory.host_bytes)):
+            blocks = [block for name in self.tiers[tier] for block in self.models[name].contents]
+            assert used == sum(
+                aligned(len(each)) for each in (set(blocks) if self.share else blocks)
+            )
+
+    def teardown(self):
+        for name in self.models:
+            self.store.evict(name, "device")
+            self.store.evict(name, "host")
+            self.models[name].file.close()
+        self.store.tidy(self.now)
+        self.store.tidy(self.now + 6.0)
+        assert self.store.memory() == BlockMemory(0, 0, 0, 0)
+        self.store.validate()
+        self.folder.cleanup()
+
+
+class SwappingUnshared(Swapping):
+    share = False
+
+
+Swapping.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+SwappingUnshared.TestCase.settings = Swapping.TestCase.settings
+TestSwapping = Swapping.TestCase
+TestSwappingUnshared = SwappingUnshared.TestCase

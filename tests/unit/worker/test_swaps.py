@@ -1,0 +1,335 @@
+"""More is wanted than the device holds: what is asked comes in from the host's memory."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.worker.core.events import BatchRan
+from shared.names import ModelId, model_id
+from tests.unit.worker.swap_world import UNIT, SwapWorld
+
+A, B, C = (model_id(name, 1) for name in "abc")
+
+
+def equal(count: int, size: int = 10) -> dict[str, int]:
+    return {f"m{n}": size for n in range(count)}
+
+
+def crowd(count: int = 8, *, device: int = 20, host: int = 80, **world) -> SwapWorld:
+    """So many models of ten units each, all wanted."""
+    found = SwapWorld(equal(count), device=device, host=host, **world)
+    found.want(*equal(count))
+    return found
+
+
+def reports(world: SwapWorld) -> dict[ModelId, object]:
+    return {report.model: report for report in world.core.reports()}
+
+
+def test_what_is_held_in_the_host_is_consumed():
+    """Two on the device, six in the host's memory, all eight bound and ready."""
+    world = crowd()
+    seen = world.core.reports()
+    assert all(report.bound and report.phase == "ready" for report in seen)
+    assert [report.tier for report in seen] == ["device"] * 2 + ["host"] * 6
+    assert len(world.in_host) == 8
+
+
+def test_what_is_asked_comes_in_for_what_is_idle_the_longest():
+    """And what it replaces stays in the host's memory."""
+    world = crowd()
+    for name in ("m1", "m0", "m5"):
+        world.arrive(name)
+        world.run(world.now + 1)
+    assert world.log[2:] == ["-m1/1", "+m5/1"]
+    assert [report.tier for report in world.core.reports()][:2] == ["device", "host"]
+    assert set(world.done.values()) == {"answered"}
+
+
+def test_the_most_urgent_comes_first():
+    """By the due time of what waits, not by who came first."""
+    world = crowd(4, device=10, host=40, max_loading=1)
+    world.arrive("m0")  # it runs as the others come
+    world.arrive("m1", deadline=world.now + 9.0)
+    world.arrive("m2", deadline=world.now + 0.05)
+    world.arrive("m3", deadline=world.now + 0.07)
+    world.run(world.now + 1)
+    assert world.runs == [model_id(name, 1) for name in ("m0", "m2", "m3", "m1")]
+    assert set(world.done.values()) == {"answered"}
+
+
+def test_several_are_on_their_way_at_once():
+    """So that the copies follow each other; never more than `max_loading`."""
+    world = crowd(16, device=80, host=160)
+    for n in range(8, 16):
+        world.arrive(f"m{n}")
+    assert len(world.core.state.loading()) == 4
+    world.run(world.now + 1)
+    assert len(world.done) == 8
+
+
+def test_what_has_just_come_in_runs_before_it_leaves():
+    """However urgent others are: each swap serves a batch."""
+    world = crowd(6, device=10, host=60)
+    for round_ in range(20):
+        for n in range(6):
+            world.arrive(f"m{n}", deadline=world.now + 5.0 - 0.1 * ((n * round_) % 5))
+        world.run(world.now + 0.01)
+    world.run(world.now + 10)
+    assert set(world.done.values()) == {"answered"}
+    assert sum(line.startswith("+") for line in world.log) <= len(world.runs) + 1
+
+
+def test_a_model_that_always_runs_has_to_leave_for_what_is_due_before():
+    """It gets no further batches, leaves as the last one ends, and comes back."""
+    world = crowd(2, device=10, host=20)
+    for _ in range(100):
+        world.arrive("m0", 4)
+        world.run(world.now + 0.004)
+    (asked,), at = world.arrive("m1"), world.now
+    for _ in range(100):
+        world.arrive("m0", 4)
+        world.run(world.now + 0.004)
+    assert world.done[asked] == "answered"
+    assert world.answered_at[asked] - at < 0.1 + 0.05, "by its target, and what runs and is copied"
+    world.run(world.now + 10)
+    assert set(world.done.values()) == {"answered"}
+
+
+def test_nothing_leaves_for_something_less_urgent():
+    """What waits for a model on the device is due first: it runs first."""
+    world = crowd(2, device=10, host=20, batch_s=0.1)
+    world.arrive("m0", 9)
+    world.arrive("m1")
+    world.run(world.now + 5)
+    assert world.runs == [model_id("m0", 1)] * 3 + [model_id("m1", 1)]
+
+
+def test_beyond_both_tiers_is_refused_with_numbers():
+    """Whatever is admitted is served; the last one is told what was free."""
+    world = crowd(11)
+    refused = world.core.reports()[10]
+    assert (refused.phase, refused.bound) == ("failed", False)
+    assert refused.error == (
+        f"no room on the device and in the host's memory: needs {10 * UNIT:,} bytes, 0 are free"
+    )
+    for n in range(10):
+        world.arrive(f"m{n}", 3)
+    world.run(world.now + 10)
+    assert list(world.done.values()) == ["answered"] * 30
+
+
+def test_both_tiers_full_serve_what_they_hold_together():
+    """What left the device without a copy is read again from the disk."""
+    world = crowd(10)
+    for _ in range(3):
+        for n in range(10):
+            world.arrive(f"m{n}", 2)
+        world.run(world.now + 5)
+    assert list(world.done.values()) == ["answered"] * 60
+    assert len(world.on_device | world.in_host) == 10
+
+
+def test_a_model_larger_than_the_device_is_refused():
+    """Whatever the host's memory holds."""
+    world = SwapWorld({"a": 10, "big": 30}, device=20, host=100)
+    world.want("a", "big")
+    assert "larger than the whole device budget" in str(world.core.state.get("big/1").error)
+    assert world.core.state.get(A).served
+
+
+def test_what_keeps_a_state_stays():
+    """Others take turns beside it; and it is not admitted where they could not."""
+    world = SwapWorld({"s": 10} | equal(4), device=20, host=50, stateful=["s"])
+    world.want("s", *equal(4))
+    for n in (3, 2, 1, 0):
+        world.arrive(f"m{n}", 2)
+        world.run(world.now + 1)
+    assert "-s/1" not in world.log
+    assert list(world.done.values()) == ["answered"] * 8
+    world = SwapWorld(equal(4) | {"s": 11}, device=20, host=50, stateful=["s"])
+    world.want(*equal(4), "s")
+    assert "beside what never leaves it" in str(world.core.state.get("s/1").error)
+
+
+def test_what_keeps_a_state_makes_others_leave():
+    """It serves from the device alone: they can wait in the host's memory."""
+    world = SwapWorld(equal(3) | {"s": 10}, device=20, host=50, stateful=["s"])
+    world.want(*equal(3))
+    world.arrive("m1")
+    world.run(world.now + 1)
+    world.want(*equal(3), "s")
+    assert world.log[-2:] == ["-m0/1", "+s/1"]
+    assert world.core.state.is_ready("s/1")
+
+
+def test_programs_that_cannot_be_told_from_their_weights_are_not_held():
+    """They are served all the same, from the disk each time."""
+    world = SwapWorld(equal(4), device=20, host=60, whole=equal(4))
+    world.want(*equal(4))
+    assert not world.core.state.host.used_bytes()
+    for _ in range(2):
+        for n in range(4):
+            world.arrive(f"m{n}", 2)
+        world.run(world.now + 3)
+    assert list(world.done.values()) == ["answered"] * 16
+    assert not world.in_host
+
+
+def test_copies_of_what_nobody_wants_go_first():
+    """First those of what is on the device as well, then the least recently used."""
+    world = SwapWorld(equal(5), device=20, host=30)
+    world.want("m0", "m1", "m2")
+    world.arrive("m2")
+    world.run(world.now + 1)
+    world.want()
+    assert world.in_host == {model_id(name, 1) for name in ("m0", "m1", "m2")}
+    assert world.on_device == {model_id(name, 1) for name in ("m1", "m2")}
+    world.want("m3")  # m1 leaves the device for it; of m1 and m2 only m2 is there still
+    assert world.in_host == {model_id(name, 1) for name in ("m0", "m1", "m3")}
+    world.want("m3", "m4")
+    assert world.in_host == {model_id(name, 1) for name in ("m1", "m3", "m4")}
+
+
+def test_a_copy_brings_back_what_was_unbound():
+    """A model that is wanted again is consumed at once, and comes in without being asked."""
+    world = SwapWorld({"a": 20, "b": 20}, device=20, host=40)
+    world.want("a")
+    world.want("b")
+    assert world.log == ["+a/1", "-a/1", "+b/1"]
+    world.want()
+    world.want("a")
+    assert world.log[3:] == ["-b/1", "+a/1"]
+    assert world.core.reports()[0].bound
+
+
+def test_a_shared_part_is_counted_once_in_each_tier():
+    """Ten models of ten units, eight in common, fit where three would stand."""
+    world = SwapWorld(equal(10), device=28, host=0, shared=8)
+    world.want(*equal(10))
+    assert world.core.state.used_bytes() == 28 * UNIT
+    assert len(world.on_device) == 10
+    assert world.core.state.device.shared_bytes() == 9 * 8 * UNIT
+    world = SwapWorld(equal(10), device=12, host=28, shared=8)
+    world.want(*equal(10))
+    for n in range(10):
+        world.arrive(f"m{n}")
+    world.run(world.now + 5)
+    assert list(world.done.values()) == ["answered"] * 10
+
+
+def test_a_swapped_model_prefetches_one_batch():
+    """More would hide from the placer what waits."""
+    world = crowd()
+    windows = {s.model: s.prefetch for s in world.core.subscriptions.all.values()}
+    assert [windows[model_id(f"m{n}", 1)] for n in range(8)] == [8, 8] + [4] * 6
+
+
+def test_without_a_host_tier_nothing_wanted_leaves():
+    """What does not fit beside the wanted ones is refused."""
+    world = crowd(3, host=0)
+    assert [report.bound for report in world.core.reports()] == [True, True, False]
+    world.arrive("m0")
+    world.run(world.now + 1)
+    assert world.log == ["+m0/1", "+m1/1"]
+
+
+def test_after_an_engine_is_lost_what_is_asked_for_is_loaded_first():
+    """Both tiers are gone with it; what was on its way is suspect, and comes alone."""
+    world = crowd()
+    for name in ("m5", "m7", "m6"):
+        world.arrive(name)
+    world.engine_dies()
+    assert not world.core.state.host.used_bytes()
+    assert {report.tier for report in world.core.reports()} == {"disk"}
+    world.log.clear()
+    world.engine_starts()
+    assert len(world.core.state.loading()) == 1
+    world.run(world.now + 5)
+    assert set(world.log[:3]) == {"+m5/1", "+m6/1", "+m7/1"}
+    assert list(world.done.values()) == ["answered"] * 3
+    assert len(world.consumers) == 8
+
+
+def test_what_was_measured_larger_than_the_device_is_refused_when_it_is_asked():
+    """Its items go back to the queue, and it is unbound."""
+    world = crowd()
+    model = world.core.state.get("m7/1")
+    model.measured.weights_bytes = 21 * UNIT
+    model.measured.shares = ()
+    world.core.state.claims.take(model)
+    world.arrive("m7")
+    world.run(world.now + 1)
+    assert list(world.done.values()) == ["given back"]
+    assert model.id not in world.consumers
+    assert world.core.reports()[7].phase == "failed"
+    assert "larger than the whole device budget" in str(model.error)
+
+
+def test_a_device_that_is_over_its_budget_swaps_out():
+    """What is measured larger as it runs makes idle ones leave, not the placer."""
+    world = crowd()
+    world.arrive("m0")
+    (batch,) = [fact.batch for *_, fact in world.events if isinstance(fact, BatchRan)]
+    world.events.clear()
+    world.tell(BatchRan(batch, (), 0.004, 3 * UNIT))
+    world.run(world.now + 1)
+    assert world.log[2:] == ["-m1/1"]
+    assert all(report.error is None and report.bound for report in world.core.reports())
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=2, max_size=10),
+    device=st.integers(8, 30),
+    host=st.integers(0, 80),
+    shared=st.sampled_from([0, 0, 1]),
+    stateful=st.sampled_from([[], [], ["m1"]]),
+    whole=st.sampled_from([[], [], [], ["m0", "m1", "m2"]]),
+    batch_s=st.sampled_from([0.001, 0.01, 0.1]),
+    copy_s=st.sampled_from([0.0001, 0.002]),
+    arrivals=st.lists(
+        st.tuples(
+            st.integers(0, 9),
+            st.integers(1, 9),
+            st.sampled_from([0.0, 0.001, 0.02, 0.3]),
+            st.sampled_from([None, None, 0.05, 2.0]),
+        ),
+        max_size=60,
+    ),
+)
+@settings(max_examples=200, deadline=None)
+def test_nothing_starves_and_nothing_goes_to_and_fro(
+    sizes, device, host, shared, stateful, whole, batch_s, copy_s, arrivals
+):
+    """Whatever is asked of whatever is bound: every item is answered, or refused when its
+    deadline has passed; and no model is swapped in without a batch to run."""
+    world = SwapWorld(
+        {f"m{n}": size for n, size in enumerate(sizes)},
+        device=device,
+        host=host,
+        shared=shared,
+        stateful=stateful,
+        whole=whole,
+        batch_s=batch_s,
+        copy_s=copy_s,
+    )
+    world.want(*(f"m{n}" for n in range(len(sizes))))
+    bound = set(world.consumers)
+    assert all(model in bound or world.core.state.get(model).error for model in world.sizes)
+    before = len(world.log)
+    asked: list[int] = []
+    for n, count, pause, deadline in arrivals:
+        if model_id(f"m{n}", 1) in bound:
+            late = {} if deadline is None else {"deadline": world.now + deadline}
+            asked += world.arrive(f"m{n}", count, **late)
+        world.run(world.now + pause)
+    world.run(world.now + 60)
+    assert world.done.keys() == set(asked)
+    assert set(world.done.values()) <= {"answered", "refused"}
+    if not any(deadline for *_, deadline in arrivals):
+        assert "refused" not in world.done.values()
+        if not whole and host >= sum(sizes):  # else some come from the disk, asked or not
+            swaps = sum(line.startswith("+") for line in world.log[before:])
+            assert swaps <= len(world.runs)
+    assert set(world.consumers) == bound
