@@ -55,6 +55,11 @@ async def run(device: str, *, family_name: str = "minilm", rounds: int = 6) -> O
         Figure("neighbour's p99 while known architectures load, over quiet", felt["known"], "x",
                1.2),
         Figure("… while new architectures load", felt["new"], "x", 1.2),
+        Figure("… while nothing but a bare copy of the same bytes is repeated outside the engine",
+               felt["copied"], "x"),
+        Figure("neighbour's p50 while known architectures load, over quiet", felt["known_p50"],
+               "x"),
+        Figure("… while new architectures load", felt["new_p50"], "x"),
         Figure("neighbour's p99, quiet", felt["quiet_p99"] * 1e3, "ms"),
         Figure("neighbour's slowest, quiet", felt["quiet_max"] * 1e3, "ms"),
         Figure("neighbour's slowest, known architectures", felt["known_max"] * 1e3, "ms"),
@@ -176,7 +181,15 @@ async def _neighbour(
     quiet: list[float] = []
     known: list[float] = []
     new: list[float] = []
+    copied: list[float] = []
     loads = {"known": 0, "new": 0}
+
+    assert models[0].layout is not None
+    bare = baseline.BareCopy(models[0].layout.weights_bytes, torch.device("cpu"))
+
+    async def copy_bare() -> None:
+        await asyncio.to_thread(bare.seconds)
+        await asyncio.sleep(0.002)
 
     async def swap_known() -> None:
         for model in others:
@@ -197,6 +210,7 @@ async def _neighbour(
     await _beside(driven, busy, ask, 1.0, None)  # warms up
     for _ in range(4):
         quiet += await _beside(driven, busy, ask, 2.0, None)
+        copied += await _beside(driven, busy, ask, 2.0, copy_bare)
         known += await _beside(driven, busy, ask, 2.0, swap_known)
         quiet += await _beside(driven, busy, ask, 2.0, None)
         new += await _beside(driven, busy, ask, 2.0, load_new)
@@ -204,6 +218,9 @@ async def _neighbour(
     return {
         "known": quantile(known, 0.99) / base,
         "new": quantile(new, 0.99) / base,
+        "copied": quantile(copied, 0.99) / base,
+        "known_p50": median(known) / median(quiet),
+        "new_p50": median(new) / median(quiet),
         "quiet_p99": base,
         "quiet_max": max(quiet),
         "known_max": max(known),

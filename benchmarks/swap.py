@@ -73,8 +73,8 @@ async def run(device: str, *, family_name: str = "bert-base", rounds: int = 100)
         Figure("swap-in beyond a warm call, over the bare copy: p50", median(beyond) / copy, "x",
                1.25),
         Figure("… p99", quantile(beyond, 0.99) / copy, "x", 2.0),
-        Figure("load + two first calls, over swap-in + first answer", median(plain) / median(swaps),
-               "x", 10.0, "at least"),
+        Figure("load + two first calls beyond two warm ones, over swap-in beyond a warm one",
+               (median(plain) - 2 * call) / median(beyond), "x", 10.0, "at least"),
         Figure("answers that differ from torch", wrong, "", 0),
         Figure("bare copy p50", copy * 1e3, "ms"),
         Figure("bare copy p99, in the same rounds, over its p50", quantile(copies, 0.99) / copy,
@@ -82,6 +82,7 @@ async def run(device: str, *, family_name: str = "bert-base", rounds: int = 100)
         Figure("warm call p50", call * 1e3, "ms"),
         Figure("swap-in + first answer p50", median(swaps) * 1e3, "ms"),
         Figure("torch.jit.load + two first calls p50", median(plain) * 1e3, "ms"),
+        Figure("… over swap-in + first answer, calls included", median(plain) / median(swaps), "x"),
         Figure("bytes of one model", nbytes / 1e6, "MB"),
     )  # fmt: skip
     what = f"{chosen.name} from the host tier to its first answer, {rounds} times"

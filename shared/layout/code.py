@@ -15,7 +15,7 @@ _SUFFIX: Final = ".py"
 _DEFINITION: Final = re.compile(r"^(class|def) (\w+)(?:\((\w+)\))?", re.MULTILINE)
 _MANGLE: Final = re.compile(r"\.___torch_mangle_\d+(?=\.)")
 _NAMES: Final = re.compile(
-    r'"(?:[^"\\\n]|\\.)*"'  # texts in quotes: nothing inside of them is a name
+    r'"(?:[^"\\\n]|\\.)*+"?'  # texts in quotes: nothing inside of them is a name
     r"|(__torch__(?:\.\w+)+)"
     r"|(?<![\w.])([A-Za-z_]\w*)(?!\w|=(?!=))"  # not an attribute, not a keyword's name
 )

@@ -13,7 +13,7 @@ from shared.layout.records import Unreadable
 
 MAX_DEPTH: Final = 100
 """Of modules in modules."""
-MAX_WRITTEN: Final = 64 << 20
+MAX_WRITTEN: Final = 16 << 20
 """Bytes that a graph and its slots may take, written out. A pickle can name a thing a million
 times; BERT-base needs some 40,000."""
 DTYPES: Final = {

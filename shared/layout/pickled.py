@@ -15,7 +15,7 @@ from typing import Final
 
 from shared.layout.records import Unreadable
 
-MAX_OPERATIONS: Final = 2_000_000
+MAX_OPERATIONS: Final = 1_000_000
 """A model of a thousand tensors needs some 40,000."""
 
 _INT: Final = struct.Struct("<i")

@@ -1,5 +1,9 @@
 """Could this code write to an attribute, or in place? Told from its text, and rather yes than no:
-who is told yes asks torch, which looks at the graph."""
+who is told yes asks torch, which looks at the graph.
+
+What is looked for is what torch prints. Somebody may write such a file by hand, to write to
+weights that other models share; so whatever is not in torch's own style counts as writing.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-_TEXT: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+_TEXT: Final = re.compile(r'"(?:[^"\\\n]|\\.)*+"?')
+"""What stands in quotes, to the line's end where they are not closed."""
 _BATCH_NORM: Final = re.compile(r"torch\.(?:batch_norm|instance_norm)\(")
 _CALL: Final = 1000
 """Letters of a call that are looked at: nesting them must not make this slow."""
@@ -42,29 +47,53 @@ OUTPUTS: Final = frozenset({
 })  # fmt: skip
 """Keywords under which torch's operators take a tensor to write their result to."""
 
-_WORDS: Final = re.compile(r"\b\w++[(=]")
-_IN_PLACE: Final = re.compile(
-    r".*[A-Za-z0-9]_\("
-    r"|__i(?:add|sub|mul|matmul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__\("
-)
-"""`add_(`, `__iadd__(`"""
-_SET_ATTRIBUTE: Final = re.compile(r"^[ \t][^\n=]*\.\w+ = ", re.MULTILINE)
+_WORDS: Final = re.compile(r"\b\w++(?:\s*+\(|=)")
 _NAMESPACES: Final = re.compile(r"ops\.(\w+)")
+_DECLARED: Final = re.compile(
+    r'^  (?:__annotations__\[""\]|\w++ : Final\[[^\n=]*\]) = ', re.MULTILINE
+)
+"""The only assignments to something in brackets that torch prints, in the head of a class."""
+_WRITING: Final = [
+    # One by one: a pattern that begins with a letter of its own is found much faster.
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"_(?<=[A-Za-z0-9]_)(?!\w)",  # `torch.add_(x)`
+        r"\.\s*\w++\s*=(?!=)",  # `self.x = `
+        r"^[ \t][^\n=(]*\.[^\n=(]*=(?!=)",  # `self.x, y = `
+        r"\]\s*=(?!=)",  # `x[0] = `
+        r"=(?<=[-+*/%&|^@]=)(?!=)",  # `x += `
+        rf"[(,]\s*(?:{'|'.join(sorted(OUTPUTS))})\s+=(?!=)",  # `f(x, out = y)`
+        "['\\\\;#\\t]",  # not torch's style
+        "__torch__\\.torch\\.classes",  # C++ objects do what they like
+    )
+]
 _FORBIDDEN: Final = frozenset(
-    {f"{name}(" for name in WRITERS} | {f"{name}=" for name in OUTPUTS} | {"setattr("}
+    {f"{name}(" for name in WRITERS}
+    | {f"{name}=" for name in OUTPUTS}
+    | {f"__i{name}__(" for name in ("and", "or", "xor", "lshift", "rshift", "add", "sub", "mul")}
+    | {f"__i{name}__(" for name in ("matmul", "div", "truediv", "floordiv", "mod", "pow")}
+    | {"setattr("}
 )
 
 
 def may_write(code: Iterable[str]) -> bool:
     """False: nothing in these texts writes to what was there before the call."""
-    text = _TEXT.sub('""', "\n".join(code))
-    words = set(_WORDS.findall(text))
+    text = "\n".join(code)
+    if '"""' in text:
+        return True
+    closed: list[bool] = []
+
+    def empty(match: re.Match[str]) -> str:
+        closed.append(len(match[0]) > 1 and match[0].endswith('"'))
+        return '""'
+
+    text = _DECLARED.sub("", _TEXT.sub(empty, text))
+    words = {word[:-1].rstrip() + word[-1] for word in _WORDS.findall(text)}
     return (
-        not words.isdisjoint(_FORBIDDEN)
-        or any(_IN_PLACE.match(word) for word in words)
+        not all(closed)
+        or not words.isdisjoint(_FORBIDDEN)
         or not PURE_NAMESPACES.issuperset(_NAMESPACES.findall(text))
-        or "__torch__.torch.classes" in text  # C++ objects do what they like
-        or _SET_ATTRIBUTE.search(text) is not None
+        or any(pattern.search(text) for pattern in _WRITING)
         or any(_trains(text, match.end()) for match in _BATCH_NORM.finditer(text))
     )
 

@@ -41,10 +41,11 @@ class Moves:
         if not (whole or missing or state.leaving):
             return []
         actions: list[Action] = []
-        leaving, state.leaving, state.quiesce = state.leaving, set(), False
+        leaving, quiesce = state.leaving, state.quiesce
+        state.leaving, state.quiesce = set(), False
         running = self._dispatch.under_way > 0
         # 1. What is asked for and not on the device is swapped in.
-        if may_load and not state.overrun:
+        if may_load:
             actions += swap_in(state, missing, now, self.activity, batches_running=running)
             self.refused = any(model.error is not None for _, model in missing)
         # 2. What is wanted comes, in what is left of the room and of the engine's time.
@@ -57,8 +58,8 @@ class Moves:
                 may_load=may_load,
                 slots=max(state.max_loading // 2, 1) if missing else state.max_loading,
             )
-        # 3. What need not leave after all runs on.
-        if leaving - state.leaving:
+        # 3. What need not leave, or be quiet, after all runs on.
+        if leaving - state.leaving or (quiesce and not state.quiesce):
             actions += self.next_batches(now)
         return actions
 

@@ -42,7 +42,7 @@ def place(
         actions += shrink(state, watch)
     # 3. Then the wanted ones come in, in the placer's order, as there is room.
     for model in state.waiting(now):
-        if not may_load or state.overrun or state.quiesce or len(state.loading()) >= slots:
+        if not may_load or not state.may_load(slots):
             break
         if model.refused_at == state.claims.version:
             continue

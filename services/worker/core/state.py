@@ -6,7 +6,7 @@ asked); here it is done, and what the engine says is taken in. Laws (`validate()
   a model larger than was believed (`overrun`); then nothing is loaded until it fits again. Copies
   in the host's memory fit that budget. What the engine was told to give up counts no more: it
   does that before whatever it is told later.
-- At most `max_loading` models are loading. Only fetched models load.
+- At most `max_loading` models are loading; a suspect loads alone. Only fetched models load.
 - No model leaves the device while a batch of it is under way. Without a host tier, only a model
   that is not wanted, has no consumer and no unanswered item does; with one, what is wanted may
   leave as well, but not what keeps a state.
@@ -109,6 +109,12 @@ class WorkerState:
     def loading(self) -> list[Model]:
         """On their way into either tier, the one that was told of first before the others."""
         return list(self._loading.values())
+
+    def may_load(self, slots: int) -> bool:
+        """Whether something more may be brought in, with at most so many on their way."""
+        loading = self._loading.values()
+        alone = self.quiesce or any(model.suspect for model in loading)
+        return not (alone or self.overrun) and len(loading) < slots
 
     def ready(self) -> list[Model]:
         return [m for name in self.device if (m := self.models[name]).stage == "ready"]
@@ -370,6 +376,8 @@ class WorkerState:
         assert self.overrun or not self.device.over or not self.engine_up, self
         assert not self.host.over or not self.engine_up, self
         assert len(self._loading) <= self.max_loading, self
+        suspect = any(model.suspect for model in self._loading.values())
+        assert not suspect or len(self._loading) == 1, self
         models = list(self.models.values())
         assert set(self.device) == {m.id for m in models if m.on_device}, self
         assert set(self.host) == {m.id for m in models if m.in_host}, self

@@ -37,17 +37,17 @@ def swap_in(
     """As many of the missing as can come now."""
     actions: list[Action] = []
     for due, model in sorted(missing, key=_urgency):
-        if state.quiesce or len(state.loading()) >= state.max_loading:
+        if not state.may_load(state.max_loading):
             break
         refusal = state.claims.admit(model)
         if refusal is not None:
             actions += state.claims.refuse(model, refusal)
             continue
-        if model.suspect and (batches_running or state.loading()):
-            state.quiesce = True
-            break
         victims = make_way(state, model.footprint, watch, due + model.seconds_to_come)
         if victims is None:
+            break
+        if model.suspect and (batches_running or state.loading()):
+            state.quiesce = True
             break
         actions += load_to_device(state, model, victims, now)
     return actions

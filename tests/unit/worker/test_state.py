@@ -179,7 +179,6 @@ def test_of_several_loads_the_first_is_guilty():
     assert all(m.suspect for m in device.state.models.values())
     device.state.engine_started(EngineStarted(100, "cpu"))
     assert [action.model for action in device.step()] == ["a/1"]
-    assert device.state.quiesce
     device.state.loaded(loaded("a/1", 10), device.now)
     assert [action.model for action in device.step()] == ["b/1"]
 
