@@ -19,7 +19,7 @@ from shared.layout import Block, Extent
 MIN_PART_BYTES: Final = 64 << 10
 """A smaller tensor is not worth a file of its own."""
 MAX_PARTS: Final = 20_000
-"""A file of more tensors is kept whole. BERT-base has 76 of such a size."""
+"""A file of more tensors is kept whole. BERT-base has 75 of such a size."""
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):

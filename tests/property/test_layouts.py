@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,13 +61,13 @@ def plain(value):
 
 
 def shape(root):
-    """The same without the names of storages, in the order in which they are met."""
-    text, order = plain(root), []
-    for found in sorted({("0", text.find("t('0'")), ("1", text.find("t('1'"))}, key=lambda f: f[1]):
-        if found[1] >= 0:
-            order.append(found[0])
-    for number, key in enumerate(order):
-        text = text.replace(f"t('{key}'", f"t<{number}>")
+    """The same without the names of storages: only the order in which they are met."""
+    text = plain(root)
+    met = sorted(
+        (key for key in ("'0'", "'1'") if f"t({key}" in text), key=lambda k: text.find(f"t({k}")
+    )
+    for number, key in enumerate(met):
+        text = text.replace(f"t({key}", f"t<{number}>")
     return text
 
 
@@ -181,7 +182,4 @@ def test_a_file_is_its_pieces(gaps, end):
     found = extents(recipe, {part: part for part in parts})
     joined = b"".join(parts[e.path][e.offset : e.offset + e.nbytes] for e in found)
     assert joined == contents
-    assert all(
-        a.path != b.path or a.offset + a.nbytes != b.offset
-        for a, b in zip(found, found[1:], strict=False)
-    )
+    assert all(a.path != b.path or a.offset + a.nbytes != b.offset for a, b in pairwise(found))

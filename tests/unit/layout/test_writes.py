@@ -89,7 +89,14 @@ def test_every_operator_of_torch_that_writes_is_known():
 
 @pytest.mark.parametrize(
     "text",
-    ["torch.batch_norm(" * 100_000, " " * 2_000_000, '"' + "\\" * 2_000_000, "a" * 2_000_000],
+    [
+        "torch.batch_norm(" * 100_000,
+        " " * 2_000_000,
+        '"' + "\\" * 2_000_000,
+        "a" * 2_000_000,
+        " " + "." * 2_000_000,
+        '"\\' * 1_000_000,
+    ],
 )
 def test_odd_text_costs_no_time(text):
     """The time is that of reading, whatever the text is made of."""
