@@ -39,7 +39,9 @@ from shared.v2 import encode_request
 
 _ALPHA: Final = 0.9
 _CV: Final = 4.0
-_SECONDS: Final = 12.0
+_SECONDS: Final = 15.0
+_TARGET_S: Final = 0.1
+"""What a model's `target_ms` is if nobody says otherwise; more where a call alone takes long."""
 _HALVINGS: Final = 5
 _GOAL: Final = 0.99
 _REPLIES: Final = "roost.reply.benchmark"
@@ -63,7 +65,7 @@ async def run(
         alone = 1 / baseline.bare_loop(module, chosen.inputs(1), target, 2.0)
         batched = baseline.bare_loop(module, chosen.inputs(8), target, 2.0) * 8
         copy = baseline.BareCopy(each, target).seconds()
-        goal_s = max(8 * alone, 5 * (copy + alone), 0.05)
+        goal_s = max(_TARGET_S, 8 * (copy + alone))
         spare = 96 << 20
         everything = each * len(models) + spare
         async with (
@@ -94,7 +96,7 @@ async def run(
         Figure("most requests/s with 99 % in target, over all-resident",
                best["quarter"] / max(best["all"], 1e-9), "x", 0.95, "at least"),
         Figure("requests that failed", failed, "", 0),
-        Figure("models that were asked and not answered in time once, at nine tenths",
+        Figure("models that were asked and never answered, at nine tenths",
                steady.starved, "", 0),
         Figure("in target at nine tenths of all-resident's rate", steady.attained, ""),
         Figure("all resident", best["all"], "requests/s"),
@@ -177,8 +179,8 @@ class _Worker:
             took = time.perf_counter() - began
             trial.latencies.append(took)
             trial.failed += not ok
-            if ok and took <= goal_s:
-                trial.in_time += 1
+            trial.in_time += ok and took <= goal_s
+            if ok:
                 trial.served.add(model)
 
         start = time.perf_counter()

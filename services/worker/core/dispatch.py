@@ -38,6 +38,7 @@ EAGER_S = 0.003
 MAX_UNDER_WAY = 8
 MAX_TRIES = 3
 """Runs that end without anything said of the item, before it is refused."""
+_INSTANT_S = 1e-6
 OVERDUE = 20
 """Times its estimate that a batch may take: a device that is shared slows down, not so much."""
 
@@ -230,7 +231,7 @@ class Dispatch:
         if self._waiting and 0 < ahead < float("inf"):
             # Then a full batch may go, and later one that is not full.
             in_s = ahead - AHEAD_S if ahead > AHEAD_S else ahead - EAGER_S
-            if in_s > 0:
+            if in_s > _INSTANT_S:  # less than rounding would wake up for nothing, again and again
                 first = min(first, now + in_s)
         return first if first < float("inf") else None
 
