@@ -26,8 +26,9 @@ from typing import BinaryIO, Final, TypeVar
 import msgspec
 
 from shared.blobs import BlobStore, BlobWriter, check_digest
+from shared.contents import Contents, open_contents, open_layout, seal
 from shared.errors import Internal, InvalidRequest, ModelNotFound, RoostError
-from shared.layout import LAYOUT_VERSION, Block, Extent, Layout, decode, encode
+from shared.layout import Block, Extent, Layout
 from shared.layout.torchscript import read_layout
 from shared.recipes import (
     Assembled,
@@ -45,7 +46,6 @@ from shared.storage import Entry, Stage, Storage, translated
 
 RECIPES: Final = "recipes/sha256"
 LAYOUTS: Final = "layouts/sha256"
-_SEAL: Final = 32
 _MENTION: Final = re.compile(rb"sha256:[0-9a-f]{64}")
 _REMOTE_THREADS: Final = 8
 """Parts that travel at once: a bucket answers slowly, but to many."""
@@ -63,16 +63,6 @@ class Collected(msgspec.Struct, frozen=True):
     unfinished_uploads: int
     parts: int = 0
     """Parts that no file needs any more."""
-
-
-class _Blocks(msgspec.Struct):
-    """Of a layout, only this."""
-
-    version: int
-    blocks: tuple[Block, ...] = ()
-
-
-_decode_blocks = msgspec.msgpack.Decoder(_Blocks).decode
 
 
 class ModelFiles:
@@ -106,7 +96,7 @@ class ModelFiles:
         # The lock: parts that are found here must not be collected before the recipe is there.
         with self._storage.lock(exclusive=False):
             if layout is not None:
-                self._storage.replace(_layout_path(digest), _seal(layout))
+                self._storage.replace(_layout_path(digest), seal(layout))
             if cuts is None:
                 self._blobs.publish(stage, digest, size)
             else:
@@ -233,11 +223,10 @@ class ModelFiles:
         """What is inside; None when the file is not TorchScript. Made when it is missing or of
         another version of this program, and kept."""
         path = _layout_path(digest)
-        with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError, ValueError):
-            data = self._storage.read(path)
-            layout = decode(data[_SEAL:])
-            if layout.version == LAYOUT_VERSION and data[:_SEAL] == _checksum(data[_SEAL:]):
-                return layout
+        with contextlib.suppress(FileNotFoundError):
+            kept = open_layout(self._storage.read(path))
+            if kept is not None:
+                return kept
         try:
             with translated(), read_extents(self.extents(digest, cache)) as file:
                 layout = read_layout(file)
@@ -248,18 +237,24 @@ class ModelFiles:
         # Who may only read the repository makes it again the next time.
         with contextlib.suppress(RoostError), self._storage.lock(exclusive=False):
             if self.has(digest):
-                self._storage.replace(path, _seal(layout))
+                self._storage.replace(path, seal(layout))
         return layout
+
+    def contents(self, digest: str) -> Contents | None:
+        """Of the layout, if one is kept: no file is read for it."""
+        try:
+            return open_contents(self._storage.read(_layout_path(digest)))
+        except FileNotFoundError:
+            return None
 
     def blocks(self, digests: Iterable[str]) -> dict[str, tuple[Block, ...]]:
         """Of the layouts that are kept; the others are left out."""
         paths = {_layout_path(digest): digest for digest in digests}
         found: dict[str, tuple[Block, ...]] = {}
         for path, data in self._storage.read_many(paths).items():
-            with contextlib.suppress(msgspec.MsgspecError, ValueError):
-                layout = _decode_blocks(data[_SEAL:])
-                if layout.version == LAYOUT_VERSION:
-                    found[paths[path]] = layout.blocks
+            contents = open_contents(data)
+            if contents is not None:
+                found[paths[path]] = contents.blocks
         return found
 
     def _recipe_entry(self, digest: str) -> Entry | None:
@@ -331,17 +326,6 @@ class ModelFiles:
     def _mentioned(self, recipes: Iterable[str]) -> set[str]:
         texts = self._storage.read_many(_recipe_path(digest) for digest in recipes)
         return {found.decode() for text in texts.values() for found in _MENTION.findall(text)}
-
-
-def _seal(layout: Layout) -> bytes:
-    """The layout as it is kept: after its own checksum, since an offset that is wrong by one bit
-    is a wrong answer, not an error."""
-    data = encode(layout)
-    return _checksum(data) + data
-
-
-def _checksum(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
 
 
 def _take_apart(stage: Stage, size: int) -> tuple[Layout | None, list[Cut] | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -59,8 +59,9 @@ def fit_tiers(
     """None when `newcomer` may be assigned beside `assigned`, else why not.
 
     Not all that is assigned must be on the device at once: a worker with a host tier of
-    `host_bytes` swaps. Together they must fit both tiers; and the greatest must fit the device
-    beside those that never leave it, or it could never run.
+    `host_bytes` swaps. Together they must fit both tiers; what no copy can be held of must fit
+    the device, as without a host tier, or each request could cost a load from the disk; and the
+    greatest must fit the device beside those that never leave it, or it could never run.
     """
     others = tuple(assigned)
     everyone = (*others, newcomer)
@@ -76,6 +77,10 @@ def fit_tiers(
     if after > total:
         reason = "no room on the device and in the host's memory"
         return Refusal(reason, after - before, max(total - before, 0))
+    bound, all_bound = used_bytes(_bound(others)), used_bytes(_bound(everyone))
+    if all_bound > budget_bytes:
+        reason = "no room on the device for what cannot wait in the host's memory"
+        return Refusal(reason, (all_bound - bound) or alone, max(budget_bytes - bound, 0))
     pinned = used_bytes(each for each in others if each.pinned)
     reason = "no room on the device beside what never leaves it"
     return Refusal(reason, alone, max(budget_bytes - pinned, 0))
@@ -89,6 +94,13 @@ def can_be_served(assigned: Iterable[Footprint], budget_bytes: int, host_bytes: 
         return True
     if not host_bytes or used > budget_bytes + host_bytes:
         return False
+    if used_bytes(_bound(everyone)) > budget_bytes:
+        return False
     pinned = used_bytes(each for each in everyone if each.pinned)
     largest = max((used_bytes((each,)) for each in everyone if not each.pinned), default=0)
     return pinned + largest <= budget_bytes
+
+
+def _bound(models: Iterable[Footprint]) -> Iterator[Footprint]:
+    """Those that count on the device alone."""
+    return (each for each in models if each.pinned or not each.copyable)

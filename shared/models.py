@@ -273,3 +273,6 @@ class Footprint(msgspec.Struct, frozen=True):
     where sharing is off."""
     pinned: bool = False
     """It never leaves the device while it is wanted: a model that keeps a state."""
+    copyable: bool = True
+    """A copy of its weights can wait in the host's memory, as far as is known. False: they cannot
+    be told from the program, and it comes from the disk each time."""

@@ -49,7 +49,7 @@ from shared.manifests import (
     same_manifest,
     split_path,
 )
-from shared.models import Format, Manifest, ModelSpec, Profile
+from shared.models import Footprint, Format, Manifest, ModelSpec, Profile
 from shared.names import ModelId, check_name, check_version, split_model_id
 from shared.pt2 import check_model, choose
 from shared.sharing import SharedBytes, Sharing
@@ -128,6 +128,14 @@ class Repository:
         that was stored; where it is missing or of another version it is made again, which
         reads the file. Raises what `local_path` raises."""
         return self._files.layout(check_digest(digest), lambda: self._cache(cache_dir))
+
+    def estimate(self, manifest: Manifest) -> Footprint | None:
+        """What a model takes of a device, before any worker has said so: from the layout beside its
+        file, no file is read. None where there is none, or weights cannot be told apart."""
+        contents = self._files.contents(check_digest(manifest.digest))
+        if contents is None or contents.obstacle is not None or manifest.stateful:
+            return None
+        return Footprint(contents.weights_bytes, measured=False, shares=contents.shares)
 
     def sharing(self) -> dict[ModelId, SharedBytes]:
         """How many bytes of each version are its own, and how many another one has too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -15,6 +16,8 @@ from shared.models import Manifest
 from shared.names import ModelId
 
 _TAG: Final = np.dtype("<u8")
+LOOK_AGAIN_S: Final = 300.0
+"""So long a file is taken to have no layout: a worker that loads an old file makes one."""
 
 
 class SharedBytes(msgspec.Struct, frozen=True):
@@ -38,9 +41,14 @@ class Sharing:
     all tensors, and done anew only when something was registered or removed."""
 
     def __init__(
-        self, read_blocks: Callable[[Iterable[str]], dict[str, tuple[Block, ...]]]
+        self,
+        read_blocks: Callable[[Iterable[str]], dict[str, tuple[Block, ...]]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._read_blocks = read_blocks
+        self._clock = clock
+        self._missed: dict[str, float] = {}
+        """Files without a layout, and when that was seen."""
         self._files: dict[str, _Tensors] = {}
         self._counted: tuple[object, dict[ModelId, SharedBytes]] = (None, {})
 
@@ -48,9 +56,18 @@ class Sharing:
         """A file without a layout counts as one tensor."""
         sizes = {manifest.digest: manifest.size_bytes for manifest in manifests}
         known = {digest: self._files[digest] for digest in sizes if digest in self._files}
-        for digest, blocks in self._read_blocks(sizes.keys() - known.keys()).items():
-            known[digest] = _tensors(blocks)
-        self._files = known
+        now = self._clock()
+        missed = {
+            digest: at
+            for digest, at in self._missed.items()
+            if digest in sizes and now - at < LOOK_AGAIN_S
+        }
+        unread = sizes.keys() - known.keys() - missed.keys()
+        if unread:
+            for digest, blocks in self._read_blocks(unread).items():
+                known[digest] = _tensors(blocks)
+            missed |= dict.fromkeys(unread - known.keys(), now)
+        self._files, self._missed = known, missed
         models = Counter(manifest.digest for manifest in manifests)
         basis = (known.keys(), [(manifest.id, manifest.digest) for manifest in manifests])
         if basis != self._counted[0]:

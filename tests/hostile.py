@@ -1,14 +1,18 @@
-"""What a hostile AMQP producer may send: frames written by hand, over a plain socket.
+"""What a hostile AMQP producer may send: frames written by hand, over a plain socket. No client
+library would write these. RabbitMQ takes them all and passes them on as they are.
 
-No client library would write these. RabbitMQ takes them all and passes them on as they are.
+And what a hostile client may upload: small model files that would take much memory to understand.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
 from typing import Self
 from urllib.parse import unquote, urlsplit
+
+from tests.torchscript_files import Thing, archive, entries, module
 
 CONTENT_TYPE, HEADERS, CORRELATION_ID, REPLY_TO = 1 << 15, 1 << 13, 1 << 10, 1 << 9
 MESSAGE_ID, TIMESTAMP = 1 << 7, 1 << 6
@@ -57,6 +61,34 @@ HOSTILE: dict[str, bytes] = {
     "long array": struct.pack(">H", HEADERS) + table(b"a", b"A" + long(b"V" * 120_000)),
 }
 """Flags and values of a content header, as bytes, by what is wrong with them."""
+
+
+def _code(text: str, path: str = "__torch__.g") -> bytes:
+    """A file with code that nothing in it uses, beside a module that does nothing."""
+    return archive(entries(Thing("__torch__.M"), {}, {"__torch__": module(), path: text}))
+
+
+def _definitions(count: int, template: str = "def f{}():\n  return 1\n") -> str:
+    return "".join(template.format(number) for number in range(count))
+
+
+def _own(body: str) -> bytes:
+    """A file whose module has this as its code."""
+    return archive(entries(Thing("__torch__.M"), {}, {"__torch__": module(body=body)}))
+
+
+CODE_BOMBS: dict[str, Callable[[], bytes]] = {
+    "a preamble of many definitions": lambda: _code("x = 1\n" * 16_000 + _definitions(8_000)),
+    "definitions without end": lambda: _code(_definitions(160_000)),
+    "a long name of many definitions": lambda: _code(_definitions(19_000), "_" * 60_000),
+    "functions without end": lambda: _own("    return x\n" + "  def \n" * 550_000),
+    "variables without end": lambda: _own(
+        "".join(f"    v{n} = 1\n" for n in range(240_000)) + "    return x\n"
+    ),
+    "words without end": lambda: _own(f"    y = x\n    return f({'aa y ' * 800_000})\n"),
+    "lines without end": lambda: _own("    y = x\n" + "()\n" * 1_300_000),
+}
+"""By what there is too much of."""
 
 
 class RawPublisher:

@@ -36,6 +36,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--threads", type=_count, default=1, help="threads per engine (default 1)")
     parser.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE",
+        help="any ROOST_… setting of a service, e.g. ROOST_WORKER_HOST_BYTES=8GiB; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
         "--data", type=Path, default=Path(".roost"), metavar="DIR",
         help="models, broker files and logs (default .roost)",
     )  # fmt: skip
@@ -62,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         budget_bytes=arguments.budget,
         device=arguments.device,
         threads=arguments.threads,
+        settings=dict(arguments.set),
     )
     try:
         asyncio.run(_keep_up(make_stack(config, embedded=arguments.embedded)))
@@ -109,6 +114,13 @@ async def _keep_up(stack: Stack) -> None:
         stopped.cancel()
         print("stopping …", file=sys.stderr, flush=True)
         await stack.close()
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.startswith("ROOST_"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROOST_NAME=VALUE")
+    return name, value
 
 
 def _count(text: str) -> int:

@@ -100,6 +100,17 @@ class Activator:
         # A caller that is cancelled must not cancel what others wait for.
         await asyncio.shield(task)
 
+    async def look_into(self, active: Active) -> None:
+        """Finds out, once, what the model has in common with others: or a burst of fine-tunes
+        would count in full until each was loaded, and push out what has room."""
+        if active.manifest is None or active.looked_into:
+            return
+        try:
+            active.estimate = await asyncio.to_thread(self._repository.estimate, active.manifest)
+            active.looked_into = True
+        except RoostError as error:
+            log.warning("not_looked_into", model=active.manifest.id, error=str(error))
+
     async def close(self) -> None:
         """Ends what is under way; what it was for comes again."""
         tasks = list(self._activating.values())
@@ -157,16 +168,19 @@ class Activator:
             known = self._knowledge.active.get(model)
             newest = await self._catalog.get(manifest.name)
             if known is None or not known.declared:
-                sizes = await self._sizes(manifest)
+                newcomer = Active(manifest)
+                await self.look_into(newcomer)
+                newcomer.known = await self._measured(manifest, newcomer.estimate)
                 # Before anything is made for it: can it be served at all?
-                self._place(manifest, sizes, dry=True)
+                self._place(manifest, newcomer, dry=True)
                 await self._applier.open_queue(model)
                 known = self._knowledge.activate(model, manifest, why=why)
                 known.declared = True
-                known.known = {**sizes, **known.known}
+                known.known = {**newcomer.known, **known.known}
+                known.estimate, known.looked_into = newcomer.estimate, newcomer.looked_into
                 self._knowledge.defaults[manifest.name] = newest.version
                 self._metrics.activations.inc()
-            plan = self._place(manifest, known.known)
+            plan = self._place(manifest, known)
             touched = self._knowledge.commit(plan)
             self._metrics.evictions.inc(len(plan.unbind))
         for worker in touched:
@@ -176,12 +190,10 @@ class Activator:
                 # It is wanted now, and the next cycle writes it.
                 log.warning("not_applied", what="reflex", of=worker, error=str(error) or "timeout")
 
-    def _place(self, manifest: Manifest, sizes: dict[str, Footprint], *, dry: bool = False) -> Plan:
+    def _place(self, manifest: Manifest, active: Active, *, dry: bool = False) -> Plan:
         """Raises when no worker that is there can ever serve the model."""
-        newcomer = Active(manifest)
-        newcomer.known = sizes
         plan = place_one(
-            self._knowledge.view((manifest.id, newcomer)), manifest.id, self._knowledge.policy
+            self._knowledge.view((manifest.id, active)), manifest.id, self._knowledge.policy
         )
         for refused in plan.refused:
             if not dry or refused.permanent:
@@ -191,14 +203,22 @@ class Activator:
                 raise from_code(refused.code, f"{manifest.id} cannot be placed: {refused.refusal}")
         return plan
 
-    async def _sizes(self, manifest: Manifest) -> dict[str, Footprint]:
-        """What was measured of the model on the kinds of device that are there."""
+    async def _measured(
+        self, manifest: Manifest, estimate: Footprint | None
+    ) -> dict[str, Footprint]:
+        """What was measured of the model on the kinds of device that are there. Shares are
+        counted in whole blocks, so the weights are not less than those."""
+        shares = () if estimate is None else estimate.shares
+        least = 0 if estimate is None else estimate.weights_bytes
         sizes = {}
         for kind in self._knowledge.device_kinds():
             profile = await asyncio.to_thread(self._repository.profile, manifest.id, kind)
             if profile is not None:
                 sizes[kind] = Footprint(
-                    profile.weights_bytes, profile.workspace_bytes, pinned=manifest.stateful
+                    max(profile.weights_bytes, least),
+                    profile.workspace_bytes,
+                    shares=shares,
+                    pinned=manifest.stateful,
                 )
         return sizes
 

@@ -128,6 +128,7 @@ def _seat(view: View, knowledge: Knowledge, worker: str, model: ModelId) -> dict
         "phase": "absent" if report is None else report.phase,
         "bound": report is not None and report.bound,
         "bytes": 0 if report is None else report.footprint.weights_bytes,
+        "own_bytes": 0 if report is None else _own(report.footprint),
         "shared_bytes": 0 if report is None else _shared(report.footprint),
         "workspace_bytes": 0 if report is None else report.footprint.workspace_bytes,
         "measured": report is not None and report.footprint.measured,
@@ -135,6 +136,10 @@ def _seat(view: View, knowledge: Knowledge, worker: str, model: ModelId) -> dict
         "answered": 0 if report is None else report.answered,
         "error": None if report is None else report.error,
     }
+
+
+def _own(footprint: Footprint) -> int:
+    return footprint.weights_bytes - _shared(footprint)
 
 
 def _shared(footprint: Footprint) -> int:

@@ -41,7 +41,8 @@ class Active:
     """One active model."""
 
     __slots__ = (
-        "bound_keys", "declared", "depth", "known", "manifest", "routed_at", "waiting_at"
+        "bound_keys", "declared", "depth", "estimate", "known", "looked_into", "manifest",
+        "routed_at", "waiting_at",
     )  # fmt: skip
 
     def __init__(self, manifest: Manifest | None) -> None:
@@ -50,6 +51,10 @@ class Active:
         """Whether its queue was declared by this placer."""
         self.known: dict[str, Footprint] = {}
         """Measured footprints by kind of device."""
+        self.estimate: Footprint | None = None
+        """What the repository read in its file."""
+        self.looked_into = False
+        """Whether it was asked."""
         self.depth = 0
         self.waiting_at: float | None = None
         """When a request was last put into its queue while nobody consumed it."""
@@ -356,9 +361,21 @@ class Knowledge:
             demand=demand,
             waiting=active.waiting_at is not None,
             known=active.known,
+            estimate=active.estimate,
             load_seconds=self.tracker.load_seconds(model),
             low_since=self._low_since.get(model),
         )
+
+    def _shares(self, worker: str) -> bool:
+        """A worker that has models with common parts, and shares none, is not set to share."""
+        apart = False
+        for model, report in self.reported.get(worker, {}).items():
+            if report.footprint.shares:
+                return True
+            active = self.active.get(model)
+            common = active is not None and active.estimate is not None and active.estimate.shares
+            apart = apart or bool(common and report.footprint.weights_bytes)
+        return not apart
 
     def _worker_view(self, worker: str, report: Report, now: float) -> WorkerView:
         down_since = self._engine_down.get(worker)
@@ -372,6 +389,7 @@ class Knowledge:
             serves=not (report.draining or down_long),
             assigned=dict(self.assigned.get(worker, {})),
             reported=self.reported.get(worker, {}),
+            shares=self._shares(worker),
             failed={
                 model: failure.error
                 for (name, model), failure in self._failures.items()

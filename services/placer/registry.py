@@ -86,6 +86,8 @@ class RegistryFollower:
             active = self._knowledge.active.get(model)
             if active is not None and active.manifest is None:
                 active.manifest = manifest
+            if active is not None:  # of an earlier placer's, what was not activated here
+                await self._activator.look_into(active)
             # The cycle moves the key `<name>`: away from the old version's queue first.
             if self._knowledge.defaults.get(name) != newest.version:
                 self._knowledge.defaults[name] = newest.version

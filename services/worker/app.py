@@ -62,7 +62,8 @@ async def run(
     if not budget:
         capacity = await asyncio.to_thread(devices.capacity_bytes, device)
         budget = max(capacity - parse_bytes(config.headroom_bytes), 1)
-    host_bytes = await asyncio.to_thread(host_budget, config, device, budget)
+    workers = await asyncio.to_thread(devices.count)
+    host_bytes = await asyncio.to_thread(host_budget, config, device, budget, workers)
     broker = broker or open_broker(config.amqp_url, f"worker-{worker}")
     store = store or open_store(config.redis_url)
     repository = Repository(config.repository_url)
@@ -158,13 +159,15 @@ async def run(
         log.info("worker_stopped", worker=worker)
 
 
-def host_budget(config: WorkerConfig, device: str, budget_bytes: int) -> int:
-    """What copies may take of the host's memory, by the configuration."""
+def host_budget(config: WorkerConfig, device: str, budget_bytes: int, workers: int) -> int:
+    """What copies may take of the host's memory, by the configuration, with so many workers on
+    this machine."""
     if config.host_bytes != "auto":
         return parse_bytes(config.host_bytes)
     if device == "cpu":
         return 0
-    return min(available_bytes() // 2, 8 * budget_bytes)
+    # They may all start at the same moment, and see the same memory free.
+    return min(available_bytes() // 2 // workers, 8 * budget_bytes)
 
 
 async def _leave(

@@ -27,9 +27,10 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
     the allocator, and for whoever else is there."""
     host_bytes: int | str = "auto"
     """What copies of weights may take of the host's memory, from where a model is swapped in: so
-    much may be assigned beyond the device's budget. `auto`: on a GPU half of the memory that is
-    free, at most eight times the budget; on a CPU 0, since there the system's page cache is that
-    tier already."""
+    much may be assigned beyond the device's budget. `auto`: on a GPU its share, with one worker
+    on each GPU that the machine (or container) has, of half of the memory that is free, at most
+    eight times the budget; on a CPU 0, since there the system's page cache is that tier already.
+    To be set where several containers, or several workers on one GPU, share the memory."""
     share_tensors: bool = True
     """Tensors that several models have in common are kept once in each tier. Models that write to
     their weights never share."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import structlog
 
+from services.worker.hostmemory import machine_bytes, process_bytes
 from services.worker.wire import MemoryMeasured
 from shared.config import ConfigError
 
@@ -31,7 +32,7 @@ def resolve(device: str) -> str:
 def capacity_bytes(device: str) -> int:
     """All the memory of a device of `resolve`. Raises `ConfigError` when nobody can tell."""
     if device == "cpu":
-        return _machine_bytes()
+        return machine_bytes()
     with _nvml() as nvml:
         if nvml is None:
             raise ConfigError(
@@ -42,51 +43,53 @@ def capacity_bytes(device: str) -> int:
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
 
 
+def count() -> int:
+    """GPUs of this machine, or of this container, whichever of them CUDA_VISIBLE_DEVICES leaves
+    to this worker; 1 when nobody can tell."""
+    with contextlib.suppress(ConfigError), _nvml() as nvml:
+        if nvml is not None:
+            return max(int(nvml.nvmlDeviceGetCount()), 1)
+    return 1
+
+
 class Meter:
     """Measures what the models of one engine take, from outside the engine."""
 
-    def __init__(self, device: str, uuid: str, pid: int, base_bytes: int) -> None:
-        """`base_bytes`: what the engine took before any model, which is not counted."""
+    def __init__(
+        self,
+        device: str,
+        uuid: str,
+        pid: int,
+        base_bytes: int,
+        nvml: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        """To be made while the engine has no model. What it takes by then is not counted:
+        `base_bytes` by its own word, on a GPU what NVML says, which counts otherwise (with what
+        the driver keeps for itself)."""
         self._uuid = uuid if device != "cpu" else ""
         self._pid = pid
+        self._nvml = nvml or _nvml
         self._base_bytes = base_bytes
+        if self._uuid:
+            self._base_bytes = self._gpu_used() or base_bytes
 
     def models_bytes(self, told: MemoryMeasured | None = None) -> int:
         """Bytes in use beyond the engine's own, less what it has `told` that it keeps reserved
         and holds nothing. On a GPU that includes other processes' models: it is the device that
         is full or not. 0 when it cannot be measured (now)."""
-        used = _gpu_used(self._uuid) if self._uuid else _resident_bytes(self._pid)
+        used = self._gpu_used() if self._uuid else process_bytes("RssAnon", self._pid)
         if told is not None:
             used -= told.spare_bytes
             if not self._uuid:  # the host tier lies in the same memory
                 used -= told.host_bytes + told.host_spare_bytes
         return max(used - self._base_bytes, 0)
 
-
-def _gpu_used(uuid: str) -> int:
-    with contextlib.suppress(ConfigError), _nvml() as nvml:
-        if nvml is not None:
-            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
-            return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
-    return 0
-
-
-def _resident_bytes(pid: int) -> int:
-    """The process' own pages: neither the shared regions, which are the agent's as well, nor
-    libraries. 0 when the system does not tell."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "RssAnon":
-                return int(value.split()[0]) * 1024
-    return 0
-
-
-def _machine_bytes() -> int:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return machine
+    def _gpu_used(self) -> int:
+        with contextlib.suppress(ConfigError), self._nvml() as nvml:
+            if nvml is not None:
+                handle = nvml.nvmlDeviceGetHandleByUUID(self._uuid)
+                return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+        return 0
 
 
 def _handle(nvml: Any, index: int) -> Any:

@@ -65,8 +65,7 @@ def engine_environment(threads: int) -> dict[str, str]:
         if name in _KEPT or name.startswith(_KEPT_PREFIXES)
     }
     paths = [str(_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
-    # Few arenas of malloc: what an evicted model leaves behind in many is hardly given back.
-    defaults = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": str(threads)}
+    defaults = {"OMP_NUM_THREADS": str(threads)}
     return defaults | kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 

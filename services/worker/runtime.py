@@ -319,8 +319,7 @@ class Runtime:
             life.waiting.popleft()
             life.blocks[order.batch] = offset
             refs = columns.copy(inputs, life.inbox.view, offset)
-            command = wire.RunBatch(order.batch, order.model, order.rows, refs, order.size)
-            life.send_batch(command)
+            life.send_batch(wire.RunBatch(order.batch, order.model, order.rows, refs))
 
 
 class _NotAnEngine(BadFrame):

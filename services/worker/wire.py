@@ -3,8 +3,8 @@
 Four file descriptors join the two processes, made by the agent before it starts the engine: two
 `SOCK_STREAM` socket pairs for these messages (4-byte little-endian length, then msgpack), one for
 batches and one for everything else, so that the thread that runs models hears of a batch from
-nobody else; an *inbox* of shared memory that the agent fills with input tensors and the engine reads, and an
-*outbox* that the engine fills with output tensors and the agent reads. Each region is
+nobody else; an *inbox* of shared memory that the agent fills with input tensors and the engine
+reads, and an *outbox* that the engine fills with output tensors and the agent reads. Each region is
 allocated by its writer alone; the reader says when it is done (`BatchRan`/`BatchFailed` free
 the inbox bytes of the batch, `Release` frees its outbox bytes). Tensors never travel in messages.
 
@@ -69,10 +69,6 @@ class EvictModel(msgspec.Struct, frozen=True, tag=True):
     tier: Literal["host", "device"] = "device"
 
 
-class MeasureMemory(msgspec.Struct, frozen=True, tag=True):
-    """Answered by `MemoryMeasured`."""
-
-
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """End, after what is under way."""
 
@@ -88,8 +84,6 @@ class RunBatch(msgspec.Struct, frozen=True, tag=True):
     model: ModelId
     rows: int
     inputs: tuple[TensorRef, ...]
-    size: int = 0
-    """Of the padded dimension, for the measurement; 0 for a model without one."""
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
@@ -98,7 +92,7 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     batches: tuple[int, ...]
 
 
-Command = LoadModel | EvictModel | MeasureMemory | Stop
+Command = LoadModel | EvictModel | Stop
 BatchCommand = RunBatch | Release
 
 # --- engine → agent -----------------------------------------------------------------------
@@ -164,8 +158,8 @@ class BatchFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class MemoryMeasured(msgspec.Struct, frozen=True, tag=True):
-    """The answer to `MeasureMemory`. Also sent unasked: just before the answer to each load and
-    each eviction, and when reserved memory is given back later."""
+    """Sent just before the answer to each load and each eviction, and when reserved memory is
+    given back later."""
 
     used_bytes: int
     """What the engine takes of the device by the engine's own measure."""

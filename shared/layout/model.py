@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 """Of what is written beside a file: a layout of another version is made anew."""
 ALIGNMENT: Final = 512
 """Every block of a device begins at a multiple of it, as torch's own allocator has it."""

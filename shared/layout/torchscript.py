@@ -24,9 +24,11 @@ from shared.layout.writes import may_write
 
 MAX_PICKLE_BYTES: Final = 16 << 20
 """Of `data.pkl`, and of `constants.pkl`. BERT-base has 34 kB."""
-MAX_CODE_BYTES: Final = 8 << 20
+MAX_CODE_BYTES: Final = 4 << 20
 """Of all code together. BERT-base has 128 kB."""
 MAX_CONSTANT_BYTES: Final = 1 << 30
+"""Of all constants' tensors together: they are on a device as often as there are architectures,
+and no model's own. Who has more than that has weights among them."""
 
 _DATA: Final = "data/"
 _CONSTANTS: Final = "constants/"
@@ -85,6 +87,10 @@ def _read_program(records: Records) -> _Program:
     graph = data.run(read_pickle(records.read("data.pkl", MAX_PICKLE_BYTES)))
     fixed = Walk(known, canon, module=False, grads=grads)
     constants = fixed.run(read_pickle(records.read("constants.pkl", MAX_PICKLE_BYTES)))
+    if sum(fixed.sizes) > MAX_CONSTANT_BYTES:
+        raise Unreadable(
+            f"its constants have {sum(fixed.sizes):,} bytes, more than {MAX_CONSTANT_BYTES:,}"
+        )
     # Operators mean what they meant in the version of torch that wrote the file.
     versions = [
         records.read(name, 1024) for name in ("version", ".data/version") if name in records

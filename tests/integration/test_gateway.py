@@ -453,7 +453,7 @@ async def test_tritonclient_works_unmodified(memory_rig):
             assert client.get_model_repository_index() == [
                 {"name": "adder", "version": "1", "state": "READY", "reason": "disk",
                  "size_bytes": config_size(rig), "own_bytes": config_size(rig),
-                 "shared_bytes": 0}
+                 "shared_bytes": 0, "tiers": {}}
             ]  # fmt: skip
             x = np.array([[1, 2, 3]], np.float32)
             for binary in (True, False):

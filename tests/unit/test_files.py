@@ -15,10 +15,12 @@ import pytest
 from shared import files as module
 from shared.blobs import blob_path
 from shared.errors import Internal, InvalidRequest, ModelNotFound
+from shared.files import ModelFiles
 from shared.layout import Extent
 from shared.layout.torchscript import read_layout
 from shared.models import ModelSpec
 from shared.repository import Repository
+from shared.storage import open_storage
 from tests.archives import torchscript as fake
 from tests.torchscript_files import weights
 
@@ -224,6 +226,33 @@ def test_a_layout_of_another_version_is_made_anew(local, root, cache, text):
     path.write_bytes(text)
     assert local.layout(digest, cache) == layout
     assert path.read_bytes() == good
+
+
+def test_a_damaged_layout_is_not_counted_by(local, root):
+    """A bit that flipped is found out by whoever reads a part of it only, too."""
+    digest = put(local, tuned(1))
+    manifest = local.register("m", 1, SPEC, digest)
+    assert local.sharing()[manifest.id].own_bytes == manifest.size_bytes
+    estimate = local.estimate(manifest)
+    assert estimate.weights_bytes == local.layout(digest, "").weights_bytes
+    assert estimate.shares
+    assert not estimate.measured
+    path = root / "layouts/sha256" / digest[7:9] / digest[7:]
+    data = bytearray(path.read_bytes())
+    at = data.index(hashlib.sha256(tensor(0)).digest())
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert local.estimate(manifest) is None
+    assert ModelFiles(open_storage(str(root))).blocks([digest]) == {}
+
+
+def test_what_cannot_be_told_apart_is_not_estimated(local):
+    """A model with a state, and a file that is not understood."""
+    digest = put(local, tuned(1))
+    stateful = local.register("m", 1, ModelSpec(stateful=True), digest)
+    assert local.estimate(stateful) is None
+    odd = local.register("odd", 1, SPEC, put(local, fake()))
+    assert local.estimate(odd) is None
 
 
 def test_absence(repository, cache):

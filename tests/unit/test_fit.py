@@ -11,16 +11,18 @@ from shared.models import Footprint
 
 BACKBONE = (Share("backbone", 80),)
 footprints = st.builds(
-    lambda own, workspace, keys, pinned: Footprint(
+    lambda own, workspace, keys, pinned, copyable: Footprint(
         own + sum(size for _, size in keys),
         workspace,
         shares=tuple(Share(key, size) for key, size in sorted(keys)),
         pinned=pinned,
+        copyable=copyable,
     ),
     own=st.integers(0, 40),
     workspace=st.integers(0, 20),
     keys=st.sets(st.sampled_from([("a", 10), ("b", 30), ("c", 7)])),
     pinned=st.sampled_from([False, False, True]),
+    copyable=st.sampled_from([True, True, False]),
 )
 
 
@@ -57,6 +59,17 @@ def test_what_never_leaves_the_device_leaves_room_for_the_others():
         "no room on the device beside what never leaves it: needs 51 bytes, 50 are free"
     )
     assert fit_tiers(Footprint(61, pinned=True), [Footprint(40), Footprint(1)], 100, 100)
+
+
+def test_what_can_have_no_copy_counts_on_the_device_alone():
+    """However much of the host's memory is free: each request would cost a load from the disk."""
+    whole = Footprint(50, copyable=False)
+    assert fit_tiers(whole, [whole, Footprint(100)], 100, 400) is None
+    assert str(fit_tiers(whole, [whole, whole, Footprint(100)], 100, 400)) == (
+        "no room on the device for what cannot wait in the host's memory: "
+        "needs 50 bytes, 0 are free"
+    )
+    assert fit_tiers(Footprint(60), [whole, whole], 100, 400) is None, "it takes turns with them"
 
 
 @given(st.lists(footprints, max_size=8), footprints, st.integers(1, 150), st.integers(0, 150))

@@ -7,7 +7,7 @@ from roost.commands.models import table
 from shared.layout import Block
 from shared.models import Manifest, ModelSpec
 from shared.repository import Repository
-from shared.sharing import SharedBytes, Sharing
+from shared.sharing import LOOK_AGAIN_S, SharedBytes, Sharing
 from tests.archives import torchscript as fake
 from tests.torchscript_files import weights
 
@@ -108,3 +108,25 @@ def test_the_listing_shows_own_and_shared_bytes():
     assert lines[0].split() == ["MODEL", "VERSION", "STATE", "SIZE", "OWN", "SHARED", "WHERE"]
     assert lines[1].split() == ["a", "1", "READY", "3", "MB", "1", "MB", "2", "MB", "disk"]
     assert lines[2].split() == ["longer", "12", "READY"]
+
+
+def test_files_without_a_layout_are_not_read_at_every_count():
+    """They are looked at again after a while: a worker makes the layout of an old file."""
+    asked: list[set[str]] = []
+    layouts: dict[str, tuple[Block, ...]] = {}
+    now = 100.0
+
+    def blocks(digests):
+        asked.append(set(digests))
+        return {each: layouts[each] for each in digests if each in layouts}
+
+    counting = Sharing(blocks, clock=lambda: now)
+    old, new = manifest("x", "old", 50), manifest("y", "new", 60)
+    counting.count([old])
+    counting.count([old])
+    counting.count([old, new])
+    assert asked == [{digest("old")}, {digest("new")}]
+    layouts |= {digest(name): (block("a", 40),) for name in ("old", "new")}
+    now += LOOK_AGAIN_S
+    assert counting.count([old, new])["x/1"] == SharedBytes(10, 40)
+    assert len(asked) == 3

@@ -18,6 +18,7 @@ class Placement(msgspec.Struct):
     bound: list[str] = msgspec.field(default_factory=list)
     """Workers that consume its queue."""
     host: list[str] = msgspec.field(default_factory=list)
+    """Workers that hold its weights in their host's memory, to be swapped in."""
     loading: list[str] = msgspec.field(default_factory=list)
     failed: dict[str, str] = msgspec.field(default_factory=dict)
     """Why it could not be loaded, by worker."""
@@ -27,7 +28,13 @@ class Placement(msgspec.Struct):
     @property
     def servable(self) -> bool:
         """A registered model is, since it is loaded when asked, unless all who tried failed."""
-        return not self.failed or bool(self.device or self.loading)
+        serving = {*self.device, *self.host, *self.loading, *self.bound} - self.failed.keys()
+        return not self.failed or bool(serving)
+
+    @property
+    def tiers(self) -> dict[str, str]:
+        """Where it is, by worker; on the others it is on disk."""
+        return dict.fromkeys(self.host, "host") | dict.fromkeys(self.device, "device")
 
     def __str__(self) -> str:
         """E.g. `on device of 2 workers`, `host memory`, `disk`."""
@@ -59,7 +66,7 @@ def placements(reports: Iterable[Report]) -> dict[ModelId, Placement]:
                 place.device_bytes += (
                     model.footprint.weights_bytes + model.footprint.workspace_bytes
                 )
-            if model.tier == "host":
+            if model.tier == "host" and model.phase != "failed" and report.engine_up:
                 place.host.append(report.worker)
             if model.bound:
                 place.bound.append(report.worker)

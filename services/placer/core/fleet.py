@@ -115,10 +115,16 @@ class Fleet:
             return False
         return not can_be_served(held, seen.budget_bytes, seen.host_bytes)
 
-    def weights_bytes(self) -> int:
-        """Weights of all that is assigned to serving workers."""
+    def used_bytes(self, *, on_device: bool = False) -> int:
+        """What all that is assigned to serving workers takes there, or what of it cannot wait in
+        a host's memory. What several have counts once per worker: so it would elsewhere."""
         return sum(
-            size.weights_bytes for name in self.serving for size in self.sizes(name).values()
+            used_bytes(
+                size
+                for size in self.sizes(name).values()
+                if size.pinned or not size.copyable or not on_device
+            )
+            for name in self.serving
         )
 
     def least_missed(self, worker: str) -> ModelId:

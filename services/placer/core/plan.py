@@ -320,7 +320,8 @@ class _Planner:
             self.view,
             self.policy,
             unplaceable=[no for no in self.refused if self._hurts(no)],
-            assigned_bytes=self.fleet.weights_bytes(),
+            assigned_bytes=self.fleet.used_bytes(),
+            device_bytes=self.fleet.used_bytes(on_device=True),
         )
         return Plan(
             bind=tuple(self.bind),

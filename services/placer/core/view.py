@@ -63,6 +63,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """Requests were put into its queue, and no worker has been seen consuming it since."""
     known: Mapping[str, Footprint] = {}
     """Footprints measured earlier, by kind of device."""
+    estimate: Footprint | None = None
+    """As the repository has looked into its file: the weights, and what others have too."""
     load_seconds: float = 0.0
     """The longest that a worker took to load it. 0: not known."""
     low_since: float | None = None
@@ -91,6 +93,8 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     reported: Mapping[ModelId, ModelReport] = {}
     failed: Mapping[ModelId, str] = {}
     """Models that it could not load lately, and why."""
+    shares: bool = True
+    """Whether it keeps once what several models have, as far as it has shown."""
 
     def is_bound(self, model: ModelId) -> bool:
         report = self.reported.get(model)
@@ -115,20 +119,28 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 def footprint(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Footprint:
     """What the model takes on this worker: measured there, else measured on such a device, else
-    what the worker reads in the file, else the file's size. What it shares with others is known
-    once a worker has told; until then it counts in full."""
+    what the worker reads in the file, else what the repository has read there, else the file's
+    size. Measured or not, what it has in common with others is told by the file."""
     report = worker.reported.get(model)
     if report is not None and report.footprint.measured and report.footprint.weights_bytes:
         return report.footprint
     if facts is not None:
         known = facts.known.get(worker.device_kind)
         if known is not None:
-            return known
+            return _as_held(worker, known)
     if report is not None and report.footprint.weights_bytes:
         return report.footprint
     if facts is None:
         return Footprint(0, 0, measured=False)
+    if facts.estimate is not None:
+        return _as_held(worker, facts.estimate)
     return Footprint(facts.size_bytes, 0, measured=False, pinned=facts.stateful)
+
+
+def _as_held(worker: WorkerView, size: Footprint) -> Footprint:
+    if worker.shares or not size.shares:
+        return size
+    return msgspec.structs.replace(size, shares=())
 
 
 def asks_for_depth(view: View) -> list[ModelId]:

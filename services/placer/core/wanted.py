@@ -20,13 +20,19 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 def workers_wanted(
-    view: View, policy: Policy, *, unplaceable: Sequence[Refused], assigned_bytes: int
+    view: View,
+    policy: Policy,
+    *,
+    unplaceable: Sequence[Refused],
+    assigned_bytes: int,
+    device_bytes: int,
 ) -> tuple[Wanted, FleetSince]:
     """More at once (after `grow_after_s`), fewer late (after `shrink_after_s`), one at a time,
-    and only when the memory of the others would do. Never fewer than one."""
+    and only when the memory of the others would do, their hosts' included, where they have it.
+    Never fewer than one."""
     demand = sum(facts.demand.need for facts in view.models.values())
-    budgets = [worker.budget_bytes for worker in view.workers.values() if worker.serves]
-    present = len(budgets)
+    serving = [worker for worker in view.workers.values() if worker.serves]
+    present = len(serving)
 
     reasons = []
     if demand > policy.grow_above * present:
@@ -46,7 +52,9 @@ def workers_wanted(
         return Wanted(count, tuple(reasons)), FleetSince(short=short)
 
     spare = present > 1 and demand < policy.shrink_below * (present - 1)
-    if spare and assigned_bytes <= sum(budgets) - max(budgets):
+    devices = [worker.budget_bytes for worker in serving]
+    tiers = [worker.budget_bytes + worker.host_bytes for worker in serving]
+    if spare and _spared(tiers) >= assigned_bytes and _spared(devices) >= device_bytes:
         ample = view.fleet_since.ample if view.fleet_since.ample is not None else view.at
         if view.at - ample < policy.shrink_after_s:
             return Wanted(present, ()), FleetSince(ample=ample)
@@ -56,3 +64,8 @@ def workers_wanted(
         )
         return Wanted(present - 1, (reason,)), FleetSince(ample=ample)
     return Wanted(max(present, 1), ()), FleetSince()
+
+
+def _spared(room: Sequence[int]) -> int:
+    """What is left of it without the greatest."""
+    return sum(room) - max(room)

@@ -20,6 +20,8 @@ class Claims:
         self.version = 0
         """Another one after each change."""
         self._claimed: dict[ModelId, Footprint] = {}
+        self._pinned: dict[ModelId, Footprint] = {}
+        """Those that never leave the device."""
 
     def __repr__(self) -> str:
         return f"Claims({len(self._claimed)} for {self.budgets})"
@@ -49,10 +51,15 @@ class Claims:
         model.admitted, footprint = True, model.footprint
         if self._claimed.get(model.id) != footprint:
             self._claimed[model.id] = footprint
+            if footprint.pinned:
+                self._pinned[model.id] = footprint
+            else:
+                self._pinned.pop(model.id, None)
             self.version += 1
 
     def release(self, model: Model) -> None:
         model.admitted = model.served = False
+        self._pinned.pop(model.id, None)
         if self._claimed.pop(model.id, None) is not None:
             self.version += 1
 
@@ -62,5 +69,5 @@ class Claims:
         device_bytes, host_bytes = self.budgets
         if not host_bytes:
             return True
-        least = {m: each for m, each in self._claimed.items() if each.pinned or m == model}
+        least = self._pinned | {model: self._claimed[model]}
         return used_bytes(least.values()) <= device_bytes

@@ -98,11 +98,12 @@ class Subscriptions:
         assert len(live) == len(set(live)) == len(self.current), self
 
 
-def prefetch_for(spec: ModelSpec, *, on_device: bool) -> int:
+def prefetch_for(spec: ModelSpec) -> int:
     """Two batches: one runs, one waits. More would hide the backlog from the placer and let
-    one worker hoard. For a model that has to be swapped in first only the one that waits."""
+    one worker hoard. Wherever the model is: its window lasts as long as it is bound, its place
+    changes many times a second, and what it holds where it is not on the device brings it there,
+    so that it keeps that from others for no longer than a swap takes. With a window for each
+    place it would stay starved once it is hot, or be bound anew at every swap."""
     if spec.stateful:
         return 1
-    if not on_device:
-        return min(max(spec.max_batch_size, 1), 32)
     return min(max(2 * spec.max_batch_size, 2), 64)

@@ -92,6 +92,15 @@ class Dispatch:
         queue = self._waiting.get(model)
         return queue.entries() if queue else ()
 
+    def urgency(self) -> list[tuple[float, ModelId]]:
+        """The models that something waits for, the most urgent first, and when that is due."""
+        return list(self._order)
+
+    def backlog(self, model: ModelId) -> tuple[int, float]:
+        """How many wait for it, and when the first is due (infinite when none does)."""
+        queue = self._waiting.get(model)
+        return (len(queue), self._due[model]) if queue else (0, float("inf"))
+
     def suspects(self) -> list[Entry]:
         """What waits to be run alone."""
         return [e for queue in self._waiting.values() for e in queue.entries() if e.suspect]

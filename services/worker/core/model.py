@@ -76,7 +76,14 @@ class Model:
     def footprint(self) -> Footprint:
         """On the device."""
         measured = self.measured.footprint
-        return msgspec.structs.replace(measured, pinned=True) if self.pinned else measured
+        if self.manifest is None or self.copyable:
+            return measured
+        return msgspec.structs.replace(measured, pinned=self.pinned, copyable=False)
+
+    @property
+    def copyable(self) -> bool:
+        """A copy of it can be in the host's memory."""
+        return self.as_copy is not None
 
     @property
     def pinned(self) -> bool:
@@ -105,7 +112,7 @@ class Model:
             self.stage == "absent"
             # What is quarantined is fetched, once per assignment: the file may be another one.
             and (self.manifest is None or not self.quarantined)
-            and (self.eager or not self.served or self.copy == "none")
+            and (self.eager or not self.served or (self.copyable and self.copy == "none"))
         )
 
     @property
@@ -168,10 +175,14 @@ class Model:
             return self.as_copy.weights_bytes > fact.weights_bytes == 0
         return fact.architecture == "none"
 
-    def failed(self, message: str, now: float) -> TellPlacer:
-        """It is tried again, later each time."""
+    def try_later(self, now: float) -> None:
+        """Later each time."""
         self.retry_at = now + min(_RETRY_S * 2**self.failures, _RETRY_CAP_S)
         self.failures = min(self.failures + 1, 16)
+
+    def failed(self, message: str, now: float) -> TellPlacer:
+        """It is tried again."""
+        self.try_later(now)
         self.error = message
         return TellPlacer(f"{self.id} failed: {message}")
 

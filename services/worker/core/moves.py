@@ -12,6 +12,7 @@ from services.worker.core.placing import place
 from services.worker.core.state import WorkerState
 from services.worker.core.swaps import Missing, can_be_swapped_in, swap_in
 from services.worker.core.victims import Activity
+from shared.names import ModelId
 
 
 class Moves:
@@ -20,6 +21,8 @@ class Moves:
         """In the last move, something that items wait for lost its place."""
         self._state = state
         self._dispatch = dispatch
+        self._stuck: tuple[float, ModelId] | None = None
+        """What was the most urgent of the missing when nothing could move for it."""
 
     @property
     def pending(self) -> bool:
@@ -32,22 +35,27 @@ class Moves:
         for action in actions:
             if isinstance(action, RunBatch):
                 self._state.get(action.model).ran = True
+                self._stuck = None  # what was just handed over may leave after that
         return actions
+
+    def happened(self) -> None:
+        """Something other than that more items came, or were settled: it may be let in now."""
+        self._stuck = None
 
     def move(self, now: float, *, whole: bool, may_load: bool) -> list[Action]:
         """Unless it is the `whole`, only what is asked for moves."""
         state, missing = self._state, self._missing()
+        first = (missing[0][0], missing[0][1].id) if missing else None
         self.refused = False
-        if not (whole or missing or state.leaving):
+        if not whole and (first == self._stuck if missing else not state.leaving):
             return []
         actions: list[Action] = []
         leaving, quiesce = state.leaving, state.quiesce
-        state.leaving, state.quiesce = set(), False
+        state.chosen, state.leaving, state.quiesce = leaving, set(), False
         running = self._dispatch.under_way > 0
         # 1. What is asked for and not on the device is swapped in.
         if may_load:
             actions += swap_in(state, missing, now, self.activity, batches_running=running)
-            self.refused = any(model.error is not None for _, model in missing)
         # 2. What is wanted comes, in what is left of the room and of the engine's time.
         if whole:
             actions += place(
@@ -58,6 +66,8 @@ class Moves:
                 may_load=may_load,
                 slots=max(state.max_loading // 2, 1) if missing else state.max_loading,
             )
+        self.refused = any(model.error is not None for _, model in missing)
+        self._stuck = None if actions else first
         # 3. What need not leave, or be quiet, after all runs on.
         if leaving - state.leaving or (quiesce and not state.quiesce):
             actions += self.next_batches(now)
@@ -66,17 +76,13 @@ class Moves:
     def activity(self, model: Model) -> Activity:
         if not model.unanswered:
             return Activity(inf, running=False)
-        entries = self._dispatch.waiting(model.id)
-        return Activity(entries[0].due if entries else inf, model.unanswered > len(entries))
+        waiting, due = self._dispatch.backlog(model.id)
+        return Activity(due, model.unanswered > waiting)
 
     def _missing(self) -> Missing:
         """What items wait for and is not on the device, though it may come."""
         state = self._state
         if not state.swapping or not state.engine_up or state.condemned:
             return []
-        models = [(name, state.get(name)) for name in self._dispatch.models_waiting()]
-        return [
-            (self._dispatch.waiting(name)[0].due, model)
-            for name, model in models
-            if can_be_swapped_in(state, model)
-        ]
+        waiting = ((due, state.get(name)) for due, name in self._dispatch.urgency())
+        return [(due, model) for due, model in waiting if can_be_swapped_in(state, model)]

@@ -4,6 +4,8 @@ host's memory, from where it is swapped in (swaps.py).
 Laws, besides those of state.py:
 - What comes from the disk leaves a copy in the host's memory where there is room for it, so that
   it is back in the time of a copy once it had to leave the device.
+- What was brought in once comes onto the device again only when it is asked for: for want of a
+  copy it would else be loaded from the disk whenever there is room, and leave at the next swap.
 - Nothing that is wanted leaves the device for what nobody asks for, but for a model that keeps a
   state: that serves from there alone.
 - What is admitted and finds no room in the host's memory either is served all the same: it comes
@@ -73,7 +75,7 @@ def load_to_device(
 
 def _bring(state: WorkerState, model: Model, now: float, watch: Watch) -> list[Action] | None:
     """None: it comes, but not yet."""
-    if model.eager or model.copy != "held":
+    if model.eager or not (model.served and state.swapping):
         victims = state.device.victims(model.footprint, (m.id for m in state.idle()))
         if victims is not None:
             return load_to_device(state, model, victims, now)

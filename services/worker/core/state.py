@@ -33,7 +33,9 @@ from services.worker.core.events import (
     ModelEvicted,
     ModelFetched,
     ModelLoaded,
+    TellPlacer,
 )
+from services.worker.core.laws import check
 from services.worker.core.model import MAX_DEATHS, Model, Stage, by_last_use
 from services.worker.core.profile import warm_ups
 from services.worker.core.room import Room
@@ -61,6 +63,8 @@ class WorkerState:
         self.models: dict[ModelId, Model] = {}
         self.leaving: set[ModelId] = set()
         """What is to go once its batches have ended: it gets no further ones."""
+        self.chosen: set[ModelId] = set()
+        """What was to go so at the last look: it goes before what is as busy."""
         self.device = Room()
         self.host = Room()
         self.claims = Claims()
@@ -182,6 +186,7 @@ class WorkerState:
             self.claims.release(model)
         self.host.clear()
         self.leaving.clear()
+        self.chosen.clear()
         self.incomplete = True
         return actions
 
@@ -222,8 +227,9 @@ class WorkerState:
                 self.claims.take(model)
         else:
             self._move(model, "absent")
-        model.served = model.admitted
         model.copy = "held" if model.copy == "coming" else model.copy
+        if model.target == "device" or model.copy == "held":
+            model.served = model.admitted  # else there is no copy of it: it is admitted anew
         if model.is_whole(fact):
             self._found_whole(model)
 
@@ -233,9 +239,15 @@ class WorkerState:
             return []
         self._load_ended(model, now)
         self._move(model, "absent")
-        actions = self._failed(model, fact.message, now)
+        actions: list[Action] = []
         if model.copy == "coming":  # it may have come so far
             actions.append(self.drop_copy(model))
+        if model.target == "host" and (model.served or fact.code == "resource_exhausted"):
+            # Only its copy is lacking: it comes from the disk when it is asked for.
+            model.served, model.eager = model.admitted, False
+            model.try_later(now)
+            return [*actions, TellPlacer(f"{model.id} has no copy: {fact.message}")]
+        actions += self._failed(model, fact.message, now)
         idle = self.idle()
         if self.swapping:
             idle += sorted((m for m in self.ready() if self.may_swap_out(m)), key=by_last_use)
@@ -337,10 +349,11 @@ class WorkerState:
 
     def _resized(self, model: Model) -> None:
         """It takes another amount than was believed."""
-        self.device.put(model.id, model.footprint)
+        if model.on_device:
+            self.device.put(model.id, model.footprint)
+            self.overrun = self.device.over
         if model.admitted:
             self.claims.take(model)
-        self.overrun = self.device.over
 
     def _load_ended(self, model: Model, now: float) -> None:
         """The load that was told of next may not have begun before."""
@@ -359,8 +372,7 @@ class WorkerState:
                 other.as_copy, other.measured.shares = None, ()
                 self.host.remove(other.id)
                 other.copy = "none" if other.in_host else other.copy
-                if other.admitted:
-                    self.claims.take(other)
+                self._resized(other)
         self.incomplete = True
 
     def _failed(self, model: Model, message: str, now: float) -> list[Action]:
@@ -371,23 +383,4 @@ class WorkerState:
 
     def validate(self) -> None:
         """Raises `AssertionError` where a law of the header does not hold."""
-        self.device.validate()
-        self.host.validate()
-        assert self.overrun or not self.device.over or not self.engine_up, self
-        assert not self.host.over or not self.engine_up, self
-        assert len(self._loading) <= self.max_loading, self
-        suspect = any(model.suspect for model in self._loading.values())
-        assert not suspect or len(self._loading) == 1, self
-        models = list(self.models.values())
-        assert set(self.device) == {m.id for m in models if m.on_device}, self
-        assert set(self.host) == {m.id for m in models if m.in_host}, self
-        assert set(self.claims) == {m.id for m in models if m.admitted}, self
-        assert set(self._loading) == {m.id for m in models if m.stage == "loading"}, self
-        for model in models:
-            model.validate()
-            assert self.engine_up or not model.known_to_engine, f"{model.id} without an engine"
-            assert not model.admitted or model.id in self.wanted, model
-            assert model.copy == "none" or self.swapping, model
-            if model.stage == "evicting" and not self.swapping:
-                assert not model.consumers, model
-                assert not model.unanswered, model
+        check(self)

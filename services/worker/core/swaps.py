@@ -18,7 +18,8 @@ from services.worker.core.state import WorkerState
 from services.worker.core.victims import Watch, make_way
 
 Missing = list[tuple[float, Model]]
-"""Models that are not on the device, each with the due time of the first item that waits."""
+"""Models that are not on the device, each with the due time of the first item that waits: the
+most urgent first."""
 
 
 def can_be_swapped_in(state: WorkerState, model: Model) -> bool:
@@ -36,7 +37,7 @@ def swap_in(
 ) -> list[Action]:
     """As many of the missing as can come now."""
     actions: list[Action] = []
-    for due, model in sorted(missing, key=_urgency):
+    for due, model in missing:
         if not state.may_load(state.max_loading):
             break
         refusal = state.claims.admit(model)
@@ -51,8 +52,3 @@ def swap_in(
             break
         actions += load_to_device(state, model, victims, now)
     return actions
-
-
-def _urgency(missing: tuple[float, Model]) -> tuple[float, str]:
-    due, model = missing
-    return due, model.id

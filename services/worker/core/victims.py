@@ -1,8 +1,10 @@
 """Who makes room, on the device and in the host's memory. Laws, besides those of state.py:
 
 - Off the device goes first what nobody wants and nothing hangs on; then, with a host tier, what
-  has nothing to do, the least recently used first; then what is due last. What has just come in
-  for an item stays until it had its batch: so nothing goes to and fro for nothing.
+  has nothing to do, the least recently used first; then what was chosen before, as long as it may
+  leave: of several that are always busy each would else get batches while another one waits for
+  its end; then what is due last. What has just come in for an item stays until it had its batch:
+  so nothing goes to and fro for nothing.
 - Copies in the host's memory make room for copies: of what nobody wants first those that stand
   on the device as well, since nothing is lost by them now, and of these the most recently used
   first, since that stays on the device longest; then the least recently used of the others.
@@ -43,23 +45,25 @@ Watch = Callable[[Model], Activity]
 def leavers(state: WorkerState, watch: Watch, due_after: float) -> Iterator[ModelId]:
     """What may leave the device for something that is due at `due_after`, first what is missed
     least. What has a batch under way is among them: it can leave when that has ended."""
-    yield from (model.id for model in state.idle())
-    if not state.swapping:
-        return
+    forgotten: list[Model] = []
     resting: list[Model] = []
-    busy: list[tuple[float, tuple[float, ModelId], ModelId]] = []
+    busy: list[tuple[bool, float, tuple[float, ModelId], ModelId]] = []
     for model in state.ready():
         wanted = model.id in state.wanted
-        if wanted and model.pinned:
+        if not (wanted or model.consumers or model.unanswered):
+            forgotten.append(model)
             continue
-        activity = watch(model)
-        if not activity.idle:
+        if not state.swapping or (wanted and model.pinned):
+            continue
+        if model.unanswered and not (activity := watch(model)).idle:
             if model.ran and activity.due > due_after:
-                busy.append((-activity.due, by_last_use(model), model.id))
-        elif wanted or model.consumers or model.unanswered:  # else it is in the first group
+                chosen = model.id in state.chosen
+                busy.append((not chosen, -activity.due, by_last_use(model), model.id))
+        else:
             resting.append(model)
+    yield from (model.id for model in sorted(forgotten, key=by_last_use))
     yield from (model.id for model in sorted(resting, key=by_last_use))
-    yield from (name for _, _, name in sorted(busy))
+    yield from (name for *_, name in sorted(busy))
 
 
 def make_way(
@@ -70,9 +74,10 @@ def make_way(
     victims = state.device.victims(newcomer, leavers(state, watch, due_after))
     if victims is None:
         return None
-    running = [name for name in victims if watch(state.get(name)).running]
-    state.leaving.update(running)
-    return None if running else victims
+    if any(watch(state.get(name)).running for name in victims):
+        state.leaving.update(victims)  # those that are done as well: they wait for the others
+        return None
+    return victims
 
 
 def make_way_for_copy(

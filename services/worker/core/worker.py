@@ -54,6 +54,8 @@ from shared.names import ModelId
 
 _HOT = (ItemArrived, ItemSettled, BatchRan, ModelLoaded, ModelEvicted)
 """Facts of every request, or of every swap: most change nothing for what is wanted or consumed."""
+_ARRIVALS = (ItemArrived, ItemSettled)
+"""Facts that make nothing possible that was not: they leave the device as it is."""
 _PROFILE_EVERY = 256
 """Batches between two looks at whether the stored profile still holds."""
 
@@ -120,6 +122,8 @@ class WorkerCore:
             actions += self._fact(fact, now)
         # 2. Let go of what is too late, and of what cannot run here any more.
         actions += self.dispatch.expire(now)
+        if actions or not all(isinstance(fact, _ARRIVALS) for fact in facts):
+            self._moves.happened()
         if self._unsettled:
             actions += self._let_go()
         self._held.answered(actions, now)
@@ -134,16 +138,16 @@ class WorkerCore:
             actions += self._close()
         may_load = not self._ending and not self._isolation()
         actions += self._moves.move(now, whole=whole, may_load=may_load)
+        if whole or self._moves.refused:
+            actions += self._consume()
         if whole:
             self._next_retry = self.state.next_retry(now)
-            actions += self._consume()
             actions += self._forget()
-        # 5. What was refused its place meanwhile lets go of its items.
+        # 5. What was refused its place meanwhile lets go of its items, once it is not consumed.
         if self._moves.refused:
             back = self._let_go()
             self._held.answered(back, now)
             actions += back
-            self._unsettled = True  # nor should it be consumed
         return actions
 
     def next_wakeup(self, now: float) -> float | None:
@@ -369,7 +373,9 @@ class WorkerCore:
                 for name in self.state.wanted
                 if self.state.is_served(name) and name not in self._held.paused
             ]
-        actions = self.subscriptions.reconcile(desired, self._prefetch)
+        actions = self.subscriptions.reconcile(
+            desired, lambda name: prefetch_for(self.state.get(name).manifest or ModelSpec())
+        )
         for action in actions:
             if isinstance(action, StartConsumer):
                 self.state.get(action.model).consumers += 1
@@ -380,10 +386,6 @@ class WorkerCore:
         for name in gone:
             self.dispatch.forget(name)
         return [ForgetModel(name) for name in gone]
-
-    def _prefetch(self, name: ModelId) -> int:
-        model = self.state.get(name)
-        return prefetch_for(model.manifest or ModelSpec(), on_device=model.stage == "ready")
 
     def validate(self) -> None:
         """Raises `AssertionError` where a law does not hold."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
@@ -13,6 +14,8 @@ from shared.names import ModelId
 KEPT_UNUSED: Final = 4
 """Skeletons that stay although no model needs them now: one is wanted again sooner than one
 thinks, and costs some megabytes of the host's memory."""
+_MOST_CASES: Final = 256
+"""Remembered of one program; manifests may ask for ever others."""
 
 L = TypeVar("L")
 
@@ -33,10 +36,11 @@ class Architecture(Generic[L]):
     """Loads that came meanwhile."""
     models: set[ModelId] = field(default_factory=set)
     """Those on the device or in the host's memory."""
-    cases: tuple[Case, ...] = ()
-    """What warm-ups of its first model told."""
-    warmed: bool = False
-    """They were run, whatever came of them."""
+    served: bool = False
+    """A model of it has been loaded, so the dispatch thread runs it. Before that it belongs to
+    the load that prepares it."""
+    cases: dict[Hashable, Case | None] = field(default_factory=dict)
+    """What warm-ups of any of its models told, by what was run; None of one that failed."""
     measured_input_bytes: int = 0
     """Inputs of the greatest batch, of any of its models, whose workspace was measured."""
     workspace_bytes: int = 0
@@ -44,11 +48,31 @@ class Architecture(Generic[L]):
 
     @property
     def ready(self) -> bool:
-        return self.skeleton is not None and self.preparing is None
+        return self.skeleton is not None and (self.preparing is None or self.served)
 
     @property
     def used(self) -> bool:
         return bool(self.models or self.waiting) or self.preparing is not None
+
+    def keeps_waiting(self, asked: Iterable[Hashable]) -> bool:
+        """Whether a load that asks for these warm-ups waits for the one that prepares it: until
+        the program may run, and because that one may measure what this one wants to know."""
+        return self.preparing is not None and not (self.ready and self.knows(asked))
+
+    def knows(self, asked: Iterable[Hashable]) -> bool:
+        return all(each in self.cases for each in asked)
+
+    def learn(self, cases: Mapping[Hashable, Case | None], input_bytes: int) -> None:
+        """What came of warm-ups."""
+        self.cases |= cases
+        while len(self.cases) > _MOST_CASES:
+            del self.cases[next(iter(self.cases))]
+        self.remember(input_bytes)
+
+    def remember(self, input_bytes: int, workspace_bytes: int = 0) -> None:
+        """The greatest inputs that were measured of one of its models, and what they took."""
+        self.measured_input_bytes = max(self.measured_input_bytes, input_bytes)
+        self.workspace_bytes = max(self.workspace_bytes, workspace_bytes)
 
 
 class Architectures(Generic[L]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -64,8 +64,7 @@ def import_bare(
         raise Unshareable(str(refused)) from refused
     evaluate(module)
     tensors = _find(module, layout, parts, weights)
-    for tensor in tensors:
-        tensor.data = placeholder(tensor, device)
+    _empty(tensors, device)
     weights.clear()
     if unused() is not None:
         raise Unshareable("it has a tensor that the layout does not tell of")
@@ -126,10 +125,15 @@ def _attribute(modules: dict[tuple[str, ...], Any], path: tuple[str, ...]) -> An
     return found
 
 
-def placeholder(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Of the same kind, but without memory: one element, which stands for all."""
-    one = torch.zeros((), dtype=tensor.dtype, device=device)
-    return one.expand(tensor.shape)
+def _empty(tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Leaves them of the same kind, but without memory: one zero of each dtype, which stands for
+    all the elements of all of them."""
+    zeros = {
+        dtype: torch.zeros((), dtype=dtype, device=device)
+        for dtype in {tensor.dtype for tensor in tensors}
+    }
+    for tensor in tensors:
+        tensor.data = zeros[tensor.dtype].expand(tensor.shape)
 
 
 def move_constants(

@@ -5,13 +5,13 @@ A block is known by its content: models that have the same one share it, and it 
 long as one of them is. So nothing may write through the views that are handed out. With sharing
 off, every block is its model's own.
 
-The laws: what does not fit is refused with numbers, and then nothing has changed; what could not
+The laws: what does not fit is refused with numbers, and then no model has less; what could not
 be read is not there at all; every block counts the models that have it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Final, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from services.worker.engine.extents import Place, Space, joined
 from services.worker.engine.files import ScatteredFile
 from services.worker.engine.memory import Device
-from services.worker.engine.moves import Read, mover_for, read_to_host
+from services.worker.engine.movers import Read, fills, mover_for, read_to_host
 from services.worker.engine.slabs import CudaSlab, HostSlab, Slab, Typed
 from services.worker.engine.tiers import Key, Tier
 from services.worker.engine.views import Spot, check, views
@@ -32,6 +32,10 @@ TierName = Literal["host", "device"]
 _PATIENCE_S: Final = 5.0
 """Longer than the time between an eviction and the load that it made room for; short enough
 that who looks for the bytes finds them."""
+
+
+_STEP_BYTES: Final = 2 << 20
+"""Read at once while a model is held: a millisecond from a fast disk, during which a swap waits."""
 
 
 class Placed(NamedTuple):
@@ -103,20 +107,34 @@ class BlockStore:
         self._share = share
         self._mover = mover_for(target)
         self._host = Tier("host", Space(host_bytes, slab_bytes), make_host, patience_s)
-        self._device = Tier("device", Space(device_bytes, slab_bytes), make_device, patience_s)
+        self._device = Tier(
+            "device",
+            Space(device_bytes, slab_bytes),
+            make_device,
+            patience_s,
+            CudaSlab.give_back if cuda else None,
+        )
         self._no_bytes = Typed(torch.empty(0, dtype=torch.uint8, device=target))
         self._anatomies: dict[ModelId, _Anatomy] = {}
         self._memory = BlockMemory(0, 0, 0, 0)
 
-    def hold(self, model: ModelId, layout: Layout, file: ScatteredFile) -> None:
-        """Into the host's memory, from the disk. Nothing to do when it is there. Raises as
-        `place` does."""
+    def hold(self, model: ModelId, layout: Layout, file: ScatteredFile) -> Generator[None]:
+        """Into the host's memory, from the disk: a piece with each step, so that other things
+        can be done between them, except with this model. It is there when the steps have come to
+        their end; closing them earlier undoes them. Raises as `place` does."""
         anatomy = self._anatomy(model, layout)
+        if model in self._host:
+            return
         with ExitStack() as undo:
             undo.callback(self._settle, model)
-            self._hold(model, anatomy, file, undo)
+            missing = self._host.enter(model, anatomy.sizes)
+            undo.callback(self._host.leave, model)
+            self._settle(model, anatomy)
+            for lot in fills(list(_reads(self._host, missing.items(), anatomy)), _STEP_BYTES):
+                read_to_host(file, lot)
+                yield
+            self._host.filled(missing)
             undo.pop_all()
-        self._settle(model, anatomy)
 
     def place(
         self, model: ModelId, layout: Layout, file: ScatteredFile, *, keep_host: bool
@@ -141,6 +159,7 @@ class BlockStore:
             # Bytes that are under way must not arrive in room that is another's by then.
             undo.callback(self._mover.finish)
             read = self._fill(missing, anatomy, file) or read
+            self._device.filled(missing)
             # 3. A device makes its copies meanwhile.
             tensors = views(anatomy.layout, anatomy.dtypes, self._spots(anatomy))
             self._mover.finish()
@@ -208,6 +227,7 @@ class BlockStore:
         undo.callback(self._host.leave, model)
         reads = list(_reads(self._host, missing.items(), anatomy))
         read_to_host(file, reads)
+        self._host.filled(missing)
         return bool(reads)
 
     def _fill(self, missing: Mapping[Key, Place], anatomy: _Anatomy, file: ScatteredFile) -> bool:

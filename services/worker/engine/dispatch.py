@@ -4,14 +4,13 @@ the order in which they were handed over, and answers them; between them the loa
 Where the device works beside this thread (streams.py) a second one waits for the device and
 answers, so that a batch can be prepared while another one computes.
 
-No answer is held back for the next one: when a model ends this process, the agent suspects the
-first batch that has no answer.
+Answers come in the order of the batches, failures among them, and none is held back for the next
+one: when a model ends this process, the agent suspects the first batch that has no answer.
 """
 
 from __future__ import annotations
 
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -25,8 +24,10 @@ from services.worker.engine.failures import Diagnosis, Failed, diagnose
 from services.worker.engine.memory import Device
 from services.worker.engine.outbox import Outbox
 from services.worker.engine.outputs import check_rows, named
+from services.worker.engine.peaks import Peaks
 from services.worker.engine.streams import Flight, Lanes, lanes_of
 from services.worker.engine.tensors import Output, Value, read, room_for
+from services.worker.engine.unrest import Unrest
 from services.worker.wire import BatchFailed, BatchRan, ModelLoaded, RunBatch, TensorRef
 from shared.models import Manifest
 from shared.names import ModelId
@@ -48,7 +49,8 @@ class Resident:
     measured_input_bytes: int = 0
     """Inputs of the greatest batch whose workspace was measured."""
     may_write: bool = True
-    """It may write to what it has returned before: its outputs leave before it runs again."""
+    """It may write to what it has returned before, so its outputs leave before it runs again. And
+    it may keep what it is given."""
     workspace_bytes: int = 0
     """The greatest peak that was measured."""
 
@@ -59,13 +61,17 @@ class Resident:
         self.takes_tensors = all(each.kind == "tensor" for each in self.executor.schema)
 
 
+class _Ran(NamedTuple):
+    outputs: tuple[TensorRef, ...]
+    workspace_bytes: int
+
+
 class _Departed(NamedTuple):
-    """A batch whose outputs are on their way into the outbox."""
+    """A batch whose outputs are on their way into the outbox, or why there are none."""
 
     batch: int
     flight: Flight
-    outputs: tuple[TensorRef, ...]
-    workspace_bytes: int
+    outcome: _Ran | Diagnosis
 
 
 class Dispatcher:
@@ -80,13 +86,14 @@ class Dispatcher:
         lanes: Lanes | None = None,
     ) -> None:
         self.residents: Final[dict[ModelId, Resident]] = {}
-        self.memory_moves: Final = threading.Event()
-        """Set by the loader while it loads or evicts: a peak measured then tells nothing."""
+        self.unrest: Final = Unrest()
+        """Entered by the loader while it loads or evicts."""
         self._device = device
         self._inbox = inbox
         self._outbox = outbox
         self._channel = channel
         self._lanes = lanes or lanes_of(device, inbox, outbox.arena)
+        self._peaks = Peaks(device, self.unrest, beside=self._lanes.asynchronous)
         self._work: Final[deque[RunBatch | Callable[[], None]]] = deque()
         self._departed: Final[queue.SimpleQueue[_Departed | None]] = queue.SimpleQueue()
         self._finishing = False
@@ -115,7 +122,7 @@ class Dispatcher:
         """A second thread's: waits for the device and answers, until `serve` has returned; at
         once where no answer has to wait. Raises `DeviceLost`."""
         while self._lanes.asynchronous and (departed := self._departed.get()) is not None:
-            self._land(departed)
+            self._land(*departed)
 
     # --- the dispatch thread
 
@@ -129,6 +136,7 @@ class Dispatcher:
                         self._answer(work)
                     else:
                         work()
+                    del work  # what it holds may be large, and the next may be long in coming
                 finishing = self._finishing
                 if not self._hear(wait=not finishing) and finishing:
                     break
@@ -147,85 +155,83 @@ class Dispatcher:
 
     def _answer(self, command: RunBatch) -> None:
         flight = self._lanes.flight()
+        outcome = self._outcome(command, flight)
+        if self._lanes.asynchronous:
+            self._departed.put(_Departed(command.batch, flight, outcome))
+        else:
+            self._land(command.batch, flight, outcome)
+
+    def _outcome(self, command: RunBatch, flight: Flight) -> _Ran | Diagnosis:
         try:
-            departed = self._run(command, flight)
+            return self._run(command, flight)
         except Exception as error:  # noqa: BLE001 — models raise anything
             why = diagnose(error)
-        else:
-            if self._lanes.asynchronous:
-                self._departed.put(departed)
-            else:
-                self._land(departed)
-            return
         # Outside the except block: an error keeps alive what its frames hold.
-        self._fail(command.batch, flight, why)
+        if why.code == "resource_exhausted":
+            self._device.reclaim()  # before the next one runs, which may be before the answer
+        return why
 
-    def _run(self, command: RunBatch, flight: Flight) -> _Departed:
+    def _run(self, command: RunBatch, flight: Flight) -> _Ran:
         # 1. The model, and the inputs where they lie.
         resident = self.residents.get(command.model)
         if resident is None:
             raise Failed("not_found", f"{command.model} is not loaded on this worker")
         inputs = [(ref.name, read(self._inbox, ref)) for ref in command.inputs]
-        if resident.manifest.stateful:  # it may keep what it is given beyond this batch
-            inputs = [(name, _copied(value)) for name, value in inputs]
         # 2. Run, measuring what is worth it.
         input_bytes = sum(ref.nbytes for ref in command.inputs)
-        measured = self._worth_measuring(resident, input_bytes)
-        if measured:
-            self._device.begin_measuring()
+        self._peaks.board(command.batch, input_bytes)
+        worth_it = self._device.cheap_to_measure or input_bytes > resident.measured_input_bytes
+        before = self._peaks.begin(command.batch) if worth_it else None
+        if self._may_keep(resident):
+            inputs = [(name, _copied(value)) for name, value in inputs]
         boarded = flight.board(inputs, move=resident.takes_tensors, settle=resident.may_write)
         outputs = self.outputs_of(resident.executor, resident.manifest, boarded, command.rows)
         flight.computed()
         nbytes = room_for(outputs)
-        workspace_bytes = 0
-        if measured:
-            workspace_bytes = self._device.peak_bytes()
-            if self._lanes.asynchronous:  # another one comes or goes meanwhile
-                workspace_bytes += input_bytes + nbytes
-            if self.memory_moves.is_set():
-                workspace_bytes = 0
-            else:
-                resident.measured_input_bytes = max(resident.measured_input_bytes, input_bytes)
-                resident.workspace_bytes = max(resident.workspace_bytes, workspace_bytes)
+        self._peaks.board(command.batch, input_bytes + nbytes)
+        workspace_bytes = self._peaks.end(before) if before is not None else None
+        if workspace_bytes is not None:
+            resident.measured_input_bytes = max(resident.measured_input_bytes, input_bytes)
+            resident.workspace_bytes = max(resident.workspace_bytes, workspace_bytes)
         # 3. Room in the outbox, which may have to wait for the agent, and the copy.
         while (offset := self._outbox.reserve(command.batch, nbytes)) is None:
             self._hear(wait=True)
         refs = flight.leave(self._outbox.arena, offset, outputs)
-        return _Departed(command.batch, flight, refs, workspace_bytes)
+        return _Ran(refs, workspace_bytes or 0)
 
     # --- where the answers are given
 
-    def _land(self, departed: _Departed) -> None:
-        batch, flight, outputs, workspace_bytes = departed
-        try:
-            seconds = flight.seconds()
-        except Exception as error:  # noqa: BLE001 — what the device did shows itself here
-            why = diagnose(error)
+    def _land(self, batch: int, flight: Flight, outcome: _Ran | Diagnosis) -> None:
+        """Raises `DeviceLost`."""
+        seconds = 0.0
+        if isinstance(outcome, _Ran):
+            try:
+                seconds = flight.seconds()
+            except Exception as error:  # noqa: BLE001 — what the device did shows itself here
+                outcome = diagnose(error)
+        if isinstance(outcome, Diagnosis):
+            self._fail(batch, outcome)
         else:
-            self._channel.send(BatchRan(batch, outputs, seconds, workspace_bytes))
-            flight.end()
-            return
-        self._fail(batch, flight, why)
+            self._channel.send(BatchRan(batch, outcome.outputs, seconds, outcome.workspace_bytes))
+        self._peaks.land(batch, flight.end)
+        if isinstance(outcome, Diagnosis):
+            self._channel.wake()  # the dispatch thread may be waiting for this very room
 
-    def _fail(self, batch: int, flight: Flight, why: Diagnosis) -> None:
-        """Makes the engine fit for the next batch, and answers. Raises `DeviceLost` when it
-        cannot be."""
-        if why.code == "resource_exhausted":
-            self._device.reclaim()
+    def _fail(self, batch: int, why: Diagnosis) -> None:
+        """Answers, if the engine is fit for the next batch."""
         if not self._device.healthy():
             raise DeviceLost(why.message)
         # The device has come to rest: nobody writes to the outputs, or reads the inputs.
         self._outbox.release((batch,))
         self._channel.send(BatchFailed(batch, why.code, why.message))
-        flight.end()
-        self._channel.wake()  # the dispatch thread may be waiting for this very room
 
     # --- what a batch is made of
 
-    def _worth_measuring(self, resident: Resident, input_bytes: int) -> bool:
-        if self.memory_moves.is_set():
-            return False
-        return self._device.cheap_to_measure or input_bytes > resident.measured_input_bytes
+    def _may_keep(self, resident: Resident) -> bool:
+        """Its inputs beyond this batch, while other bytes come to lie where they are now. On
+        their way to another device they are copied anyway."""
+        writes = resident.manifest.stateful or resident.may_write
+        return writes and self._device.torch_device.type == "cpu"
 
     def outputs_of(
         self,

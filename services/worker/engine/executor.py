@@ -23,7 +23,7 @@ class Executor(Protocol):
         """The model's arguments, by the file itself."""
 
     def run(self, inputs: Sequence[tuple[str, Value]]) -> object:
-        """What the model returns for these inputs (host memory), on its own device.
+        """What the model returns for these inputs, on its own device, wherever they are.
 
         Raises `Failed` when the inputs do not suit the schema, and whatever the model raises.
         """

@@ -10,15 +10,13 @@ from typing import TypeVar
 
 from services.worker.engine.dispatch import DeviceLost
 from services.worker.engine.failures import Diagnosis, diagnose
-from services.worker.engine.memory import Device
 
 T = TypeVar("T")
 
 
 class Grapher:
-    def __init__(self, device: Device, resume: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, resume: Callable[[Callable[[], None]], None]) -> None:
         """`resume` has a function run on the copier's thread."""
-        self._device = device
         self._resume = resume
         self._jobs: queue.SimpleQueue[Callable[[], Callable[[], None]] | None]
         self._jobs = queue.SimpleQueue()
@@ -26,7 +24,7 @@ class Grapher:
     def submit(self, work: Callable[[], T], then: Callable[[T | Diagnosis], None]) -> None:
         """Runs `work` here after what is queued, and `then` with its result or with why it
         raised on the copier's thread."""
-        self._jobs.put(lambda: partial(then, self._result_of(work)))
+        self._jobs.put(lambda: partial(then, _result_of(work)))
 
     def finish(self) -> None:
         """`serve` returns after what is queued."""
@@ -38,20 +36,11 @@ class Grapher:
             self._resume(job())
             del job  # it may hold a model that is evicted before the next one comes
 
-    def _result_of(self, work: Callable[[], T]) -> T | Diagnosis:
-        try:
-            return work()
-        except DeviceLost:
-            raise
-        except Exception as error:  # noqa: BLE001 — files raise anything
-            why = diagnose(error)
-        # Outside the except block: an error keeps alive what its frames hold.
-        recover(self._device, why)
-        return why
 
-
-def recover(device: Device, why: Diagnosis) -> None:
-    """Gives back what a failure left behind. Raises `DeviceLost` when it took the device."""
-    device.reclaim()
-    if not device.healthy():
-        raise DeviceLost(why.message)
+def _result_of(work: Callable[[], T]) -> T | Diagnosis:
+    try:
+        return work()
+    except DeviceLost:
+        raise
+    except Exception as error:  # noqa: BLE001 — files raise anything
+        return diagnose(error)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import shutil
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -35,6 +36,7 @@ from services.worker.engine.files import ScatteredFile
 from shared.archive import check_torchscript
 from shared.errors import InvalidRequest
 from shared.layout.records import Record, Records, Unreadable
+from shared.names import ModelId
 
 PLAIN_LOADS: Final[Counter[str]] = Counter()
 """How often `torch.jit.load` had to do it, by reason."""
@@ -162,10 +164,16 @@ def import_program(
         raise Refused(str(error)) from error
 
 
-def load_plainly(file: ScatteredFile, device: torch.device, reason: str) -> Any:
+def load_plainly(file: ScatteredFile, device: torch.device, model: ModelId, reason: str) -> Any:
     """The last resort: `torch.jit.load`, which stalls everything else. Raises whatever torch
     raises."""
-    PLAIN_LOADS[reason[:200]] += 1
+    reason = reason[:200]
+    PLAIN_LOADS[reason] += 1
+    print(  # noqa: T201 — the agent logs our stderr
+        f"{model} is loaded by torch.jit.load, which stalls all batches: {reason!r}",
+        file=sys.stderr,
+        flush=True,
+    )
     with tempfile.NamedTemporaryFile(suffix=".pt") as copy:
         with file.open() as original:
             shutil.copyfileobj(original, copy, 4 << 20)

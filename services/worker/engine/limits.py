@@ -10,12 +10,11 @@ import torch
 
 from services.worker.engine.failures import Failed
 from services.worker.engine.signature import Argument, bind
-from services.worker.engine.tensors import DTYPE, Value
+from services.worker.engine.tensors import DATATYPE, DTYPE, Value
 from shared.models import TensorSpec
 from shared.tensors import shown
 
 _MAX_PLANS: Final = 64
-_DATATYPE: Final = {dtype: name for name, dtype in DTYPE.items()}
 
 
 class Span(NamedTuple):
@@ -106,4 +105,4 @@ class Binder:
 
 
 def _named(dtype: torch.dtype) -> str:
-    return _DATATYPE.get(dtype) or str(dtype).removeprefix("torch.")
+    return DATATYPE.get(dtype) or str(dtype).removeprefix("torch.")

@@ -27,7 +27,6 @@ from services.worker.wire import (
     EngineStarted,
     EvictModel,
     LoadModel,
-    MeasureMemory,
     Stop,
 )
 
@@ -64,9 +63,9 @@ def serve(channel: Channel, dispatcher: Dispatcher, loader: Loader, device: Devi
         ("copy", load),
         ("graph", loader.serve_graphs),
     ):
-        guarded = _guarded(target, channel)
+        guarded = _guarded(target, channel, device)
         threading.Thread(target=guarded, name=name, daemon=True).start()
-    _guarded(lambda: _read(channel, loader), channel)()
+    _guarded(lambda: _read(channel, loader), channel, device)()
     end(EXIT_OK)
 
 
@@ -76,17 +75,16 @@ def _read(channel: Channel, loader: Loader) -> None:
         match command:
             case LoadModel() | EvictModel():
                 loader.submit(command)
-            case MeasureMemory():
-                channel.send(loader.memory())
             case Stop():
                 loader.finish()
 
 
-def _guarded(target: Callable[[], None], channel: Channel) -> Callable[[], None]:
+def _guarded(target: Callable[[], None], channel: Channel, device: Device) -> Callable[[], None]:
     """No thread of the engine may end unseen: an error ends the process, and says why."""
 
     def run() -> None:
         try:
+            device.enter_thread()
             target()
         except BadFrame as error:
             print(f"no command: {error}", file=sys.stderr)  # noqa: T201

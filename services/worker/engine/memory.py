@@ -13,10 +13,10 @@ from typing import Any, Final, Protocol
 
 import torch
 
-_STATUS: Final = Path("/proc/self/status")
+from services.worker.hostmemory import machine_bytes, process_bytes
+
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
 _RESET_PEAK: Final = "5"
-_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 
 class Device(Protocol):
@@ -32,6 +32,10 @@ class Device(Protocol):
     """What an allocation is rounded up to."""
     cheap_to_measure: bool
     """Whether every batch may be measured."""
+
+    def enter_thread(self) -> None:
+        """To be called first by each thread of the engine: torch keeps per thread which device
+        is meant where none is named."""
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         """To be entered once by each thread that runs models: torch keeps these settings per
@@ -75,10 +79,13 @@ class CpuDevice:
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self.name = _cpu_name()
-        self.capacity_bytes = _memory_limit()
+        self.capacity_bytes = machine_bytes()
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._before: int | None = None
         self.base_bytes = self.used_bytes()
+
+    def enter_thread(self) -> None:
+        pass
 
     def running(self) -> contextlib.AbstractContextManager[None]:
         return _interpreter_settings()
@@ -88,14 +95,14 @@ class CpuDevice:
         self._trim()
         try:
             _CLEAR_REFS.write_text(_RESET_PEAK)
-            self._before = _status("VmRSS")
+            self._before = process_bytes("VmRSS")
         except OSError:
             self._before = None
 
     def peak_bytes(self) -> int:
         if self._before is None:
             return 0
-        peak = max(_status("VmHWM") - self._before, 0)
+        peak = max(process_bytes("VmHWM") - self._before, 0)
         self._before = None
         return peak
 
@@ -113,7 +120,7 @@ class CpuDevice:
     def used_bytes(self) -> int:
         """The process' own pages: neither the shared regions, which are the agent's as well, nor
         the libraries, of which ever more is touched."""
-        return _status("RssAnon")
+        return process_bytes("RssAnon")
 
     def healthy(self) -> bool:
         return True
@@ -127,7 +134,7 @@ class CudaDevice:
 
     def __init__(self, torch_device: torch.device, budget_bytes: int) -> None:
         self.torch_device = torch.device("cuda", torch_device.index or 0)
-        torch.cuda.set_device(self.torch_device)
+        self.enter_thread()
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
         self.kind = f"cuda:{self.name}"
@@ -143,9 +150,11 @@ class CudaDevice:
         torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
         self._before = 0
 
+    def enter_thread(self) -> None:
+        torch.cuda.set_device(self.torch_device)
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        torch.cuda.set_device(self.torch_device)
         new_stream: Any = torch.cuda.Stream  # torch leaves it untyped
         with _interpreter_settings(), torch.cuda.stream(new_stream(self.torch_device)):
             yield
@@ -193,25 +202,9 @@ def open_device(name: str, budget_bytes: int) -> Device:
     raise ValueError(f"{name!r} is not a device of this engine: cpu or cuda:<n>")
 
 
-def _status(field: str) -> int:
-    """One of the process' figures in bytes; 0 when the system does not tell it."""
-    with contextlib.suppress(OSError):
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return os.uname().machine
-
-
-def _memory_limit() -> int:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        return min(machine, int(_CGROUP_LIMIT.read_text()))
-    return machine

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 
 from services.worker.engine.failures import Failed
+from services.worker.engine.signature import INDEXED
 from services.worker.engine.tensors import Output, Value, sized
 from shared.models import TensorSpec
 from shared.tensors import shown
 
 _SCALAR_DTYPE: Final = {bool: torch.bool, int: torch.int64, float: torch.float64}
-_INDEXED: Final = re.compile(r".*__(\d{1,4})\Z", re.DOTALL)
 
 
 def named(result: object, listed: Sequence[TensorSpec] | None) -> list[Output]:
@@ -60,7 +59,7 @@ def _chosen(values: dict[str, object], names: list[str]) -> dict[str, object]:
     if all(name in values for name in names):
         return {name: values[name] for name in names}
     in_order = list(values.values())
-    indexed = [_INDEXED.match(name) for name in names]
+    indexed = [INDEXED.match(name) for name in names]
     places = [int(match[1]) for match in indexed if match]
     if len(places) != len(names):
         places = list(range(len(names)))

@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-from services.worker.engine.bare import Unshareable, import_bare, name_of, placeholder
+from services.worker.engine.bare import Unshareable, import_bare, name_of
 from services.worker.engine.files import ScatteredFile
 from services.worker.engine.importing import (
     Parts,
@@ -39,9 +39,6 @@ from shared.models import Manifest
 
 __all__ = ["Skeleton", "TorchScriptExecutor", "Unshareable", "WholeExecutor"]
 
-_GRAPH_BYTES_PER_CODE_BYTE: Final = 60
-"""Measured with BERT after its first run, whose 160 kB of code become 10 MB."""
-
 
 class Skeleton:
     """The program of one architecture.
@@ -50,17 +47,16 @@ class Skeleton:
     """
 
     def __init__(self, module: Any, layout: Layout, tensors: list[torch.Tensor]) -> None:
+        """`tensors` are the module's in the order of the slots, without memory."""
         self._module = module
         self.forward = forward_of(module)
         self.schema: tuple[Argument, ...] = arguments_of(self.forward.schema)
         self.slots = layout.slots
         self.blocks_nbytes = [block.nbytes for block in layout.blocks]
         self.constants_nbytes: list[int] = []
-        self.graph_bytes = 0
-        """A guess: what the program takes of the host's memory."""
         self._tensors = tensors
         self._ids = frozenset(map(id, tensors))
-        self._empty = tuple(placeholder(tensor, tensor.device) for tensor in tensors)
+        self._empty = tuple(tensor.detach() for tensor in tensors)
         self._views: tuple[torch.Tensor, ...] = self._empty
         self._lock = threading.Lock()
 
@@ -78,7 +74,6 @@ class Skeleton:
             if why is not None:
                 raise Unshareable(why)
         skeleton.constants_nbytes = [each.nbytes for each in parts.constants.values()]
-        skeleton.graph_bytes = _GRAPH_BYTES_PER_CODE_BYTE * sum(map(len, parts.texts.values()))
         return skeleton
 
     def check(self, views: Sequence[torch.Tensor]) -> None:
@@ -191,7 +186,7 @@ class WholeExecutor:
             ]
             self._module = import_whole(file, parts, layout, device)
         except Refused as refused:
-            self._module = load_plainly(file, device, str(refused))
+            self._module = load_plainly(file, device, manifest.id, str(refused))
             self._sizes = [file.size]
         evaluate(self._module)
         self._forward = forward_of(self._module)

@@ -3,6 +3,7 @@ The copier's thread owns it; any thread may ask for `memory`."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Final, Generic, TypeVar
 
 from services.worker.engine.architectures import Architecture, Architectures
@@ -12,7 +13,7 @@ from services.worker.engine.failures import Failed
 from services.worker.engine.files import ScatteredFile
 from services.worker.engine.memory import Device
 from services.worker.engine.programs import Skeleton
-from services.worker.engine.warming import Moves
+from services.worker.engine.unrest import Unrest
 from services.worker.wire import MemoryMeasured
 from shared.fit import fit
 from shared.layout import Layout
@@ -33,12 +34,12 @@ class Residency(Generic[L]):
     """
 
     def __init__(
-        self, device: Device, budget_bytes: int, host_bytes: int, moves: Moves, *, share: bool
+        self, device: Device, budget_bytes: int, host_bytes: int, unrest: Unrest, *, share: bool
     ) -> None:
         self.programs: Final[Architectures[L]] = Architectures()
         self._device = device
         self._budget_bytes = budget_bytes
-        self._moves = moves
+        self._unrest = unrest
         self._store = BlockStore(
             device, device_bytes=budget_bytes, host_bytes=host_bytes, share=share
         )
@@ -77,11 +78,19 @@ class Residency(Generic[L]):
 
     def hold(
         self, model: ModelId, program: Architecture[L], layout: Layout, file: ScatteredFile
-    ) -> None:
-        """Into the host's memory. Raises `Failed` when it does not fit."""
-        with self._moves:
-            self._store.hold(model, layout, file)
+    ) -> Generator[None]:
+        """Into the host's memory, a piece with each step; see `BlockStore.hold`."""
+        steps = self._store.hold(model, layout, file)
         self._keep(model, program)
+        try:
+            while True:
+                with self._unrest:
+                    if next(steps, steps) is steps:
+                        return
+                yield
+        finally:
+            steps.close()
+            self._leave(model)
 
     def place(
         self,
@@ -93,7 +102,7 @@ class Residency(Generic[L]):
         keep_host: bool,
     ) -> Placed:
         """Onto the device. Raises `Failed` when it does not fit."""
-        with self._moves:
+        with self._unrest:
             placed = self._store.place(model, layout, file, keep_host=keep_host)
         self._keep(model, program)
         return placed
@@ -126,21 +135,23 @@ class Residency(Generic[L]):
 
     # --- both
 
-    def drop(self, model: ModelId, executor: Executor | None) -> None:
-        """Everything of the model that is on the device."""
-        with self._moves:
+    def drop(self, model: ModelId, executor: Executor | None) -> bool:
+        """Everything of the model that is on the device. Whether something of it was outside the
+        store, which the device has to be told to give back."""
+        with self._unrest:
             if executor is not None:
                 executor.close()
             self._store.evict(model, "device")
-            if self._wholes.pop(model, None) is not None:
-                self._device.reclaim()
+            outside = self._wholes.pop(model, None) is not None
+            if outside:
                 self._limit_store()
         self._leave(model)
+        return outside
 
     def tidy(self, now: float) -> float | None:
         """Gives back what nobody needs; the time when there may be more."""
         closed = self.programs.forget_unused()
-        with self._moves:
+        with self._unrest:
             for skeleton in closed:
                 skeleton.close()
             if closed:

@@ -18,7 +18,8 @@ SCALAR_DATATYPE: Final[dict[Kind, Datatype]] = {
     "bool": "BOOL",
     "str": "BYTES",
 }
-_INDEXED: Final = re.compile(r".*__(\d{1,4})\Z", re.DOTALL)
+INDEXED: Final = re.compile(r".*__(\d{1,4})\Z", re.DOTALL)
+"""Triton's names of what is counted: `INPUT__0`, `OUTPUT__1`."""
 
 
 class Argument(NamedTuple):
@@ -49,7 +50,7 @@ def bind(
     takes = [index for index, each in enumerate(arguments) if each.kind != "other"]
     place = {arguments[index].name: index for index in takes}
     if not all(name in place for name in names):
-        if all(_INDEXED.match(name) for name in names):
+        if all(INDEXED.match(name) for name in names):
             place = {name: at for name in names if (at := _counted(name, takes)) is not None}
         elif listed is not None:
             place = {spec.name: at for spec, at in zip(listed, takes, strict=False)}
@@ -103,7 +104,7 @@ def _scalar_spec(argument: Argument) -> TensorSpec | None:
 
 
 def _counted(name: str, takes: Sequence[int]) -> int | None:
-    match = _INDEXED.match(name)
+    match = INDEXED.match(name)
     at = int(match[1]) if match else -1
     return takes[at] if 0 <= at < len(takes) else None
 

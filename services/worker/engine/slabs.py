@@ -7,15 +7,15 @@ copy itself. Making and giving back slabs leaves the interpreter to other thread
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 
 from services.worker.engine.failures import Failed
+from services.worker.engine.pinning import pin, unpin
 
 HUGE_PAGE: Final = 2 << 20
 _MADV_DONTNEED: Final = 4
@@ -85,7 +85,9 @@ class HostSlab:
         self.address = tensor.data_ptr()
         self.typed = Typed(tensor)
         self._fault_in()
-        self.pinned = pin_for is not None and _register(self.address, nbytes, pin_for)
+        self._pinned_for = None
+        if pin_for is not None and pin(self.address, nbytes, pin_for):
+            self._pinned_for = pin_for
 
     def _fault_in(self) -> None:
         # Not beyond the end, which would take a whole huge page for a part of one.
@@ -99,15 +101,19 @@ class HostSlab:
             ctypes.memset(at, 0, count)  # an older system: fault by fault
 
     def release(self) -> None:
-        if self.pinned:
-            _cudart().cudaHostUnregister(self.address)
-        # The pages go even if somebody kept a view, who then reads zeros.
-        _madvise(self.address, self.nbytes, _MADV_DONTNEED)
+        device = self._pinned_for
+        if device is None or unpin(self.address, self.nbytes, device):
+            # The pages go even if somebody kept a view, who then reads zeros.
+            _madvise(self.address, self.nbytes, _MADV_DONTNEED)
         del self.view, self.typed
 
 
 class CudaSlab:
-    """Memory of a CUDA device. Raises `Failed` with `resource_exhausted` when it has no more."""
+    """Memory of a CUDA device. Raises `Failed` with `resource_exhausted` when it has no more.
+
+    What is released stays in torch's cache, where torch finds it before it refuses anybody
+    anything; the system gets it with `give_back`.
+    """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = nbytes
@@ -116,28 +122,22 @@ class CudaSlab:
                 tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise _exhausted(nbytes, "device", str(error)) from None
+        # Torch may hand out memory that work on this stream still uses: fit for whoever comes
+        # next on the same stream. Slabs are written to from others.
+        torch.cuda.current_stream(device).synchronize()
         self.typed = Typed(tensor)
 
     def release(self) -> None:
         del self.typed
+
+    @staticmethod
+    def give_back() -> None:
+        """Returns what was released to the system. Not for every slab: torch can only drop all
+        of its cache, what batches take again and again included, and each `cudaFree` waits for
+        the device. What remains of that comes once per lull. (A memory pool for slabs alone
+        would spare the batches' cache, not the wait.)"""
         torch.cuda.empty_cache()
 
 
 def _exhausted(nbytes: int, whose: str, why: str) -> Failed:
     return Failed("resource_exhausted", f"no {nbytes:,} bytes of the {whose}'s memory: {why}")
-
-
-def _cudart() -> Any:
-    cuda: Any = torch.cuda  # torch leaves this function of it untyped
-    return cuda.cudart()
-
-
-def _register(address: int, nbytes: int, device: torch.device) -> bool:
-    cudart = _cudart()
-    with torch.cuda.device(device):
-        if cudart.cudaHostRegister(address, nbytes, 0) == cudart.cudaError.success:
-            return True
-        # The runtime keeps the error for whoever asks next: the check after this kernel.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=device)
-    return False

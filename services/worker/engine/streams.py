@@ -13,9 +13,7 @@ stream before; and its bytes in the inbox and the outbox are its own until it is
 
 from __future__ import annotations
 
-import contextlib
 import queue
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
@@ -24,6 +22,7 @@ import torch
 
 from services.worker.arena import Arena
 from services.worker.engine.memory import Device
+from services.worker.engine.pinning import pin
 from services.worker.engine.tensors import Output, Value, write
 from services.worker.wire import TensorRef
 
@@ -173,7 +172,7 @@ class CudaLanes:
         for _ in range(_AT_ONCE):
             self._places.put([_mark() for _ in range(6)])
         for arena in arenas:
-            _pin(arena, device)
+            pin(_address(arena), arena.capacity, device)
 
     def flight(self) -> CudaFlight:
         return CudaFlight(self, self._places.get())
@@ -198,13 +197,5 @@ def _mark() -> Any:
     return new_event(enable_timing=True, blocking=True)
 
 
-def _pin(arena: Arena, device: torch.device) -> None:
-    """The device copies from and to this memory by itself. Without that copies are slower, and
-    the thread that orders them waits for them."""
-    address = torch.frombuffer(arena.view, dtype=torch.uint8).data_ptr()
-    runtime: Any = torch.cuda.cudart  # torch leaves it untyped
-    error = int(runtime().cudaHostRegister(address, arena.capacity, 0))
-    if error:
-        print(f"{arena!r} could not be pinned: CUDA error {error}", file=sys.stderr)  # noqa: T201
-        with contextlib.suppress(RuntimeError):  # CUDA raises it once more, whoever comes next
-            torch.zeros(1, device=device).add_(1)
+def _address(arena: Arena) -> int:
+    return torch.frombuffer(arena.view, dtype=torch.uint8).data_ptr()

@@ -30,7 +30,7 @@ DTYPE: Final[dict[Datatype, torch.dtype]] = {
     "FP64": torch.float64,
     "BF16": torch.bfloat16,
 }
-_DATATYPE: Final[dict[torch.dtype, Datatype]] = {dtype: name for name, dtype in DTYPE.items()}
+DATATYPE: Final[dict[torch.dtype, Datatype]] = {dtype: name for name, dtype in DTYPE.items()}
 _VARIABLE: Final = 16
 """What a variable dimension is in a warm-up."""
 
@@ -89,7 +89,7 @@ def sized(name: str, value: Value) -> Output:
     if isinstance(value, list):
         data = frame_bytes(value)
         return Output(name, "BYTES", (len(value),), len(data), data)
-    datatype = _DATATYPE.get(value.dtype)
+    datatype = DATATYPE.get(value.dtype)
     if datatype is None or value.layout is not torch.strided or value.is_meta:
         what = f"{value.dtype} ({value.layout})".replace("torch.", "")
         raise Failed("model_failed", f"output {shown(name)} is {what}, which no reply can carry")

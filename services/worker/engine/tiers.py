@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from services.worker.engine.extents import NoRoom, Place, Plan, Space, merged
@@ -19,13 +19,14 @@ S = TypeVar("S", bound=Slab)
 
 
 class _Held:
-    """A block that is there, and how many models have it."""
+    """A block that is there or under way, and how many models have it."""
 
-    __slots__ = ("models", "place")
+    __slots__ = ("filled", "models", "place")
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.models = 1
+        self.filled = False
 
 
 class Tier(Generic[S]):
@@ -33,14 +34,25 @@ class Tier(Generic[S]):
     the space is a slab of memory."""
 
     def __init__(
-        self, name: str, space: Space, make: Callable[[int], S], patience_s: float
+        self,
+        name: str,
+        space: Space,
+        make: Callable[[int], S],
+        patience_s: float,
+        give_back: Callable[[], None] | None = None,
     ) -> None:
+        """`give_back` returns what slabs have released to the system, where they do not do so
+        themselves."""
         self._name = name
         self._space = space
         self._make = make
         self._patience_s = patience_s
         self._slabs: dict[int, S] = {}
+        self._give_back = give_back
         self._empty_since: dict[int, float] = {}
+        self._owing = False
+        self._owing_since: float | None = None
+        """The first tidying that saw it."""
         self._held: dict[Key, _Held] = {}
         self._models: dict[ModelId, tuple[Key, ...]] = {}
 
@@ -57,22 +69,25 @@ class Tier(Generic[S]):
         return model in self._models
 
     def place_of(self, key: Key) -> Place | None:
+        """Of a block whose bytes are there."""
         held = self._held.get(key)
-        return None if held is None else held.place
+        return held.place if held is not None and held.filled else None
 
     def slab_of(self, place: Place) -> S:
         """Of a place that has bytes."""
         return self._slabs[place.slab]
 
     def enter(self, model: ModelId, blocks: Mapping[Key, int]) -> dict[Key, Place]:
-        """The model has these blocks (with their bytes) from now on. Tells those that were not
-        there, which must be filled, in the same order.
+        """The model has these blocks (with their bytes) from now on. Tells those whose bytes are
+        not there, which must be filled, in the same order; some may be under way for another
+        model, which may fail: that the same bytes are written twice does no harm.
 
-        Raises `Failed` with `resource_exhausted` when they do not fit; then nothing has changed.
+        Raises `Failed` with `resource_exhausted` when they do not fit, or the system has no more;
+        then every model has what it had before, but empty slabs may be gone.
         """
         assert model not in self._models, f"{model} is in the tier already"
-        missing = [key for key in blocks if key not in self._held]
-        plan = self._space.plan([blocks[key] for key in missing])
+        new = [key for key in blocks if key not in self._held]
+        plan = self._space.plan([blocks[key] for key in new])
         if isinstance(plan, NoRoom):
             raise Failed("resource_exhausted", f"no room in the {self._name} tier: {model} {plan}")
         self._prepare(plan)
@@ -82,10 +97,16 @@ class Tier(Generic[S]):
         for place in merged(plan.places):
             self._space.take(place)
             self._empty_since.pop(place.slab, None)
-        for key, place in zip(missing, plan.places, strict=True):
+        for key, place in zip(new, plan.places, strict=True):
             self._held[key] = _Held(place)
         self._models[model] = tuple(blocks)
-        return dict(zip(missing, plan.places, strict=True))
+        held = ((key, self._held[key]) for key in blocks)
+        return {key: each.place for key, each in held if not each.filled}
+
+    def filled(self, keys: Iterable[Key]) -> None:
+        """The bytes of these blocks are there."""
+        for key in keys:
+            self._held[key].filled = True
 
     def leave(self, model: ModelId) -> None:
         """What no other model has is free at once. Idempotent."""
@@ -113,12 +134,19 @@ class Tier(Generic[S]):
         them so. Tells when the next ones will be; None when there are none."""
         empty = self._space.empty_slabs()
         self._empty_since = {slab: self._empty_since.get(slab, now) for slab in empty}
-        for slab, since in list(self._empty_since.items()):
-            if now >= since + self._patience_s:
-                self._drop(slab)
-        if not self._empty_since:
-            return None
-        return min(self._empty_since.values()) + self._patience_s
+        due = [slab for slab, at in self._empty_since.items() if now >= at + self._patience_s]
+        for slab in due:
+            self._drop(slab)
+        times = list(self._empty_since.values())
+        if self._owing and self._give_back is not None:
+            # Slabs that went because others needed the room, who got it all the same.
+            since = self._owing_since = now if self._owing_since is None else self._owing_since
+            if due or now >= since + self._patience_s:
+                self._give_back()
+                self._owing, self._owing_since = False, None
+            else:
+                times.append(since)
+        return min(times) + self._patience_s if times else None
 
     def _prepare(self, plan: Plan) -> None:
         for number in plan.drop:
@@ -139,6 +167,7 @@ class Tier(Generic[S]):
         self._space.drop(number)
         self._empty_since.pop(number, None)
         self._slabs.pop(number).release()
+        self._owing = True
 
     def validate(self) -> None:
         """Recomputes the laws; raises `AssertionError`."""

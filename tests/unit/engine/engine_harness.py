@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -25,7 +24,6 @@ from services.worker.wire import (
     EvictModel,
     LoadFailed,
     LoadModel,
-    MeasureMemory,
     MemoryMeasured,
     ModelEvicted,
     ModelLoaded,
@@ -58,10 +56,6 @@ class _Stream:
         """The next message. Raises `EOFError` when the engine is gone."""
         size = int.from_bytes(self._read(4), "little")
         return unpack_event(self._read(size))
-
-    def pending(self) -> bool:
-        """Whether there is a message already."""
-        return bool(self._buffer) or bool(select.select([self.sock], [], [], 0)[0])
 
     def _read(self, size: int) -> bytes:
         while len(self._buffer) < size:
@@ -229,14 +223,23 @@ class EngineProcess:
         return event
 
     def used_bytes(self) -> int:
-        """What the engine says when it is asked."""
-        while self._control.pending():
-            self._event(self._control)
-        self.send(MeasureMemory())
-        event = self._event(self._control)
-        assert isinstance(event, MemoryMeasured), event
-        self.memory = event
-        return event.used_bytes
+        """What the engine says now: it does so with every eviction, were it of nothing."""
+        self.evict("nobody/1")
+        return self.memory.used_bytes
+
+    def settled(self) -> MemoryMeasured:
+        """What the engine says once nothing is reserved any more."""
+        while self.memory.spare_bytes or self.memory.host_spare_bytes:
+            event = self._event(self._control)
+            assert isinstance(event, MemoryMeasured), event
+            self.memory = event
+        return self.memory
+
+    def resident_bytes(self) -> int:
+        """What the system says that the engine takes of the machine by itself."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (line,) = (each for each in status.splitlines() if each.startswith("RssAnon:"))
+        return int(line.split()[1]) * 1024
 
     def kill(self, number=signal.SIGKILL) -> None:
         self.process.send_signal(number)

@@ -50,7 +50,8 @@ def place(kept: BlockStore, name: str, weights: Weights, *, keep_host=False):
 
 
 def hold(kept: BlockStore, name: str, weights: Weights) -> None:
-    kept.hold(name, weights.layout, weights.file)
+    for _ in kept.hold(name, weights.layout, weights.file):
+        pass
 
 
 def contents(placed) -> tuple[bytes, ...]:

@@ -12,7 +12,6 @@ from services.worker.wire import (
     MAX_FRAME,
     BatchRan,
     EvictModel,
-    MeasureMemory,
     MemoryMeasured,
     Release,
     RunBatch,
@@ -34,7 +33,7 @@ def ends():
 def test_commands_arrive_whole_however_they_are_cut(ends):
     """Frames that share a write, and frames that are cut anywhere, come out one by one."""
     agent, channel = ends
-    sent = [MeasureMemory(), EvictModel(ModelId("m/1"), "host"), Stop()]
+    sent = [EvictModel(ModelId("m/1"), "host"), Stop()]
     stream = b"".join(pack(each) for each in sent)
     commands = channel.commands()
     agent.sendall(stream[:1])

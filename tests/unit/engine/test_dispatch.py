@@ -5,6 +5,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -310,12 +311,73 @@ def test_peaks_are_measured_for_growing_inputs(rig):
     assert [each.workspace_bytes for each in answers] == [1000, 0]
 
 
+class Doing(ScriptedExecutor):
+    """Does something of the test's with the inputs of each batch."""
+
+    def __init__(self, *results: Any, do):
+        super().__init__(*results)
+        self._do = do
+
+    def run(self, inputs):
+        self._do(inputs)
+        return super().run(inputs)
+
+
+X = TensorRef("x", "FP32", (4,), 0, 16)
+
+
 def test_no_peak_is_told_while_memory_moves(rig):
     """It may be the loader's."""
-    rig.dispatcher.memory_moves.set()
-    ref = TensorRef("x", "FP32", (4,), 0, 16)
-    (ran,) = rig.run(ScriptedExecutor(torch.ones(1)), batch(1, ref))
+    with rig.dispatcher.unrest:
+        (ran,) = rig.run(ScriptedExecutor(torch.ones(1)), batch(1, X))
     assert ran.workspace_bytes == 0
+
+
+def test_no_peak_is_told_when_memory_moved_meanwhile(rig):
+    """A load that begins and ends within the batch leaves nothing to be seen afterwards."""
+
+    def load(inputs):
+        with rig.dispatcher.unrest:
+            pass
+
+    executor = Doing(torch.ones(1), torch.ones(1), do=load)
+    resident = rig.loaded(executor)
+    rig.send(batch(1, X))
+    rig.start()
+    assert rig.answer().workspace_bytes == 0
+    assert resident.workspace_bytes == resident.measured_input_bytes == 0
+    executor._do = lambda inputs: None
+    rig.send(batch(2, X))
+    assert rig.answer().workspace_bytes == 1000
+
+
+@pytest.mark.parametrize(("may_write", "kept"), [(True, 1.0), (False, 2.0)])
+def test_what_may_be_kept_is_copied(rig, may_write, kept):
+    """A module of its own may hold on to its inputs, declared or not; the inbox is another
+    batch's by then. Programs that write to nothing are spared the copy."""
+    seen = []
+    executor = Doing(torch.ones(1), torch.ones(1), do=lambda inputs: seen.append(inputs[0][1]))
+    rig.loaded(executor, may_write=may_write)
+    rig.start()
+    for number in (1, 2):
+        rig.inbox.view[:16] = torch.full((4,), float(number)).numpy().tobytes()
+        rig.send(batch(number, X))
+        assert isinstance(rig.answer(), BatchRan)
+    assert seen[0].tolist() == [kept] * 4
+
+
+def test_a_call_leaves_nothing_behind(rig):
+    """What a warm-up ran with is gone although no batch follows it."""
+    gone = threading.Event()
+
+    def work():
+        return 0
+
+    weakref.finalize(work, gone.set)
+    rig.start()
+    rig.dispatcher.call(work)
+    del work
+    assert gone.wait(DEADLINE_S)
 
 
 # --- a device that works beside the thread
@@ -429,3 +491,45 @@ def test_a_peak_has_room_for_the_batch_beside_it(late, lanes):
     late.start()
     lanes.arrivals.put(0.1)
     assert late.answer().workspace_bytes == 1000 + 32 + 64
+
+
+def test_a_failure_is_answered_in_its_turn(late, lanes):
+    """The first batch without an answer is suspected when the process ends: so a batch that
+    fails at once waits for the one that is still under way."""
+    error = RuntimeError("no")
+    executor = ScriptedExecutor(torch.ones(1), error)
+    late.loaded(executor)
+    late.send(batch(1), batch(2))
+    late.start()
+    for _ in range(2):
+        executor.runs.get(timeout=DEADLINE_S)
+    lanes.arrivals.put(0.1)
+    assert [type(late.answer()) for _ in range(2)] == [BatchRan, BatchFailed]
+
+
+def test_memory_is_reclaimed_before_the_next_batch_runs(late, lanes):
+    """Not only before the answer, which may have to wait."""
+    seen = []
+    error = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    executor = Doing(error, torch.ones(1), do=lambda inputs: seen.append(late.device.reclaimed))
+    late.loaded(executor)
+    late.send(batch(1), batch(2))
+    late.start()
+    lanes.arrivals.put(0.1)
+    answers = [late.answer() for _ in range(2)]
+    assert [getattr(each, "code", None) for each in answers] == ["resource_exhausted", None]
+    assert seen == [0, 1]
+
+
+def test_a_peak_counts_what_lay_beside_it(late, lanes):
+    """The bytes of a batch that was there when the measurement began are not in the peak."""
+    late.device.cheap_to_measure = True
+    executor = ScriptedExecutor(torch.ones(4), torch.ones(1))
+    late.loaded(executor)
+    late.send(batch(1, TensorRef("x", "FP32", (64,), 0, 256)), batch(2))
+    late.start()
+    for _ in range(2):
+        executor.runs.get(timeout=DEADLINE_S)
+    lanes.arrivals.put(0.1)
+    lanes.arrivals.put(0.1)
+    assert [late.answer().workspace_bytes for _ in range(2)] == [1000 + 256 + 64] * 2

@@ -142,9 +142,11 @@ def test_rows_that_share_a_scalar_may_share_a_batch(engine, loaded):
     )
 
 
-def test_a_stateful_model_keeps_what_it_was_given(engine, loaded):
-    """What a model keeps of its inputs does not change when the inbox is written again."""
-    name = loaded(models.Keeper(), stateful=True)
+@pytest.mark.parametrize("stateful", [True, False])
+def test_a_model_keeps_what_it_was_given(engine, loaded, stateful):
+    """What a model keeps of its inputs does not change when the inbox is written again, were it
+    only for the sake of the others, whose bytes it would see: so also without a word of it."""
+    name = loaded(models.Keeper(), stateful=stateful)
     engine.run(name, {"x": np.float32([1, 2])})
     outputs = engine.run(name, {"x": np.float32([3, 4])})
     np.testing.assert_allclose(outputs["OUTPUT__0"], [1, 2])
@@ -611,6 +613,23 @@ def test_what_is_measured_is_what_models_take(swapper, nets, tmp_path):
     total -= 10 << 20
     measured = swapper.used_bytes() - swapper.memory.spare_bytes - before
     assert abs(measured - total) < 0.1 * total
+
+
+def test_the_system_gets_what_models_have_left(swapper, tmp_path):
+    """A while after the last eviction, of both tiers, the process itself is as small as before:
+    nothing stays reserved."""
+    before = swapper.resident_bytes()
+    for n in range(3):
+        path = models.save(models.Weights(12, 100.0 * n), tmp_path / f"{n}.pt")
+        file = {"path": path, "layout": models.layout_of(path)}
+        assert isinstance(swapper.load(f"m/{n + 1}", **file, keep_host=True), ModelLoaded)
+    assert swapper.resident_bytes() > before + (2 * 36 << 20)
+    for n in range(3):
+        swapper.evict(f"m/{n + 1}")
+        swapper.evict(f"m/{n + 1}", "host")
+    memory = swapper.settled()
+    assert (memory.spare_bytes, memory.host_bytes, memory.host_spare_bytes) == (0, 0, 0)
+    assert swapper.resident_bytes() < before + (12 << 20)
 
 
 def test_swaps_leave_nothing_behind(swapper, nets):

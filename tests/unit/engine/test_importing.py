@@ -22,8 +22,10 @@ from services.worker.engine.importing import (  # noqa: E402
     rename_storages,
     take_apart,
 )
+from shared.layout.torchscript import read_layout  # noqa: E402
 from tests.unit.engine import engine_models as models  # noqa: E402
 from tests.unit.engine import program_harness as harness  # noqa: E402
+from tests.unit.engine.loader_harness import BUDGET_BYTES, Rig  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -94,23 +96,35 @@ def test_a_thread_beside_an_import_goes_on(deep):
 
 
 def test_nothing_is_loaded_by_torch_itself(deep, monkeypatch):
-    """`torch.jit.load` would stall every batch: neither a new architecture nor a file that is
-    loaded whole comes that way."""
+    """`torch.jit.load` would stall every batch: neither a new architecture, nor a known one, nor
+    a file that is loaded whole comes that way, from the command to the answer."""
 
     def fail(*args, **kwargs):
         raise AssertionError("torch.jit.load was called")
 
     monkeypatch.setattr(torch.jit, "load", fail)
     before = PLAIN_LOADS.copy()
-    values = [torch.randn(1, 4, 16)]
-    skeleton = harness.skeleton_of(deep)
-    shared = harness.run(harness.executor_of(skeleton, deep), values)
-    assert harness.same_bits(shared, harness.run(harness.whole_of(deep), values))
+    rig = Rig(host_bytes=BUDGET_BYTES)
+    layout = read_layout(deep)
+    loads = [
+        rig.load("new/1", deep, layout=layout),
+        rig.load("held/1", deep, layout=layout, tier="host"),
+        rig.load("held/1", deep, layout=layout, keep_host=True),
+        rig.load("whole/1", deep),
+        rig.load("whole/2", deep, layout=layout, stateful=True),
+    ]
+    assert [each.architecture for each in loads] == ["new", "none", "known", "none", "none"]
+    x = torch.randn(1, 4, 16)
+    expected = rig.run("new/1", x)
+    for model in ("held/1", "whole/1", "whole/2"):
+        assert harness.same_bits(rig.run(model, x), expected)
+    rig.end()
     assert before == PLAIN_LOADS
 
 
-def test_what_the_import_refuses_is_loaded_by_torch(tmp_path):
-    """A file that only torch can read is served all the same, and counted."""
+def test_what_the_import_refuses_is_loaded_by_torch(tmp_path, capsys):
+    """A file that only torch can read is served all the same, and counted; the log says which
+    and why, since every batch waits for it."""
     path = harness.scripted(models.Linear(), tmp_path / "plain.pt")
     packed = tmp_path / "packed.pt"
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w") as target:
@@ -124,6 +138,9 @@ def test_what_the_import_refuses_is_loaded_by_torch(tmp_path):
         harness.run(harness.whole_of(packed), values), harness.run(harness.whole_of(path), values)
     )
     assert PLAIN_LOADS.total() == before + 1
+    assert capsys.readouterr().err == (
+        "m/1 is loaded by torch.jit.load, which stalls all batches: 'its tensors are compressed'\n"
+    )
 
 
 def test_what_is_no_torchscript_is_refused_at_once(tmp_path):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import queue
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,106 +8,29 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from services.worker.engine.dispatch import DeviceLost  # noqa: E402
 from services.worker.engine.executor import FORMATS, ExecutorFormat  # noqa: E402
-from services.worker.engine.loading import Loader  # noqa: E402
-from services.worker.engine.memory import open_device  # noqa: E402
-from services.worker.engine.outputs import named  # noqa: E402
+from services.worker.engine.programs import Skeleton  # noqa: E402
 from services.worker.wire import (  # noqa: E402
     EvictModel,
     LoadFailed,
-    MemoryMeasured,
     ModelEvicted,
     ModelLoaded,
     WarmUp,
 )
+from shared.models import Padding  # noqa: E402
 from tests.unit.engine import engine_models as models  # noqa: E402
 from tests.unit.engine.engine_harness import command, spec  # noqa: E402
+from tests.unit.engine.loader_harness import (  # noqa: E402
+    BUDGET_BYTES,
+    DEADLINE_S,
+    Counted,
+    LostDevice,
+    Rig,
+)
 
 pytestmark = pytest.mark.torch
 
-BUDGET_BYTES = 64 << 20
-DEADLINE_S = 30.0
 X = (spec("x", "FP32", -1, 4),)
-
-
-class Dispatcher:
-    """Runs on the spot what it is given."""
-
-    def __init__(self):
-        self.residents = {}
-        self.memory_moves = threading.Event()
-
-    def call(self, function):
-        return function()
-
-    def outputs_of(self, executor, manifest, inputs, rows):
-        return named(executor.run(inputs), manifest.outputs)
-
-
-class LostDevice:
-    """A CPU that is found dead when it is asked."""
-
-    def __init__(self):
-        self._cpu = open_device("cpu", 0)
-
-    def __getattr__(self, name):
-        return getattr(self._cpu, name)
-
-    def healthy(self):
-        return False
-
-
-class Rig:
-    """A loader with its two threads, and what it says."""
-
-    def __init__(self, device=None, **options):
-        self.dispatcher = Dispatcher()
-        self.memory = MemoryMeasured(0)
-        self.lost = queue.SimpleQueue()
-        self._events = queue.SimpleQueue()
-        device = device or open_device("cpu", 0)
-        self.loader = Loader(device, BUDGET_BYTES, self.dispatcher, self._events.put, **options)
-        self._threads = [
-            threading.Thread(target=self._run, args=(target,), daemon=True)
-            for target in (self.loader.serve, self.loader.serve_graphs)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, target):
-        try:
-            target()
-        except DeviceLost as lost:
-            self.lost.put(lost)
-
-    def event(self):
-        while True:
-            event = self._events.get(timeout=DEADLINE_S)
-            if not isinstance(event, MemoryMeasured):
-                return event
-            self.memory = event
-
-    def do(self, order):
-        self.loader.submit(order)
-        return self.event()
-
-    def load(self, *arguments, **options):
-        return self.do(command(*arguments, **options))
-
-    def evict(self, model, tier="device"):
-        assert self.do(EvictModel(model, tier)) == ModelEvicted(model, tier)
-
-    def run(self, model, x=None):
-        executor = self.dispatcher.residents[model].executor
-        with torch.inference_mode():
-            return executor.run([("x", torch.ones(1, 4) if x is None else x)])
-
-    def end(self):
-        self.loader.finish()
-        for thread in self._threads:
-            thread.join(DEADLINE_S)
-        assert not any(thread.is_alive() for thread in self._threads)
 
 
 @pytest.fixture
@@ -221,6 +143,83 @@ def test_a_failed_load_leaves_the_architecture_to_the_next(rig, files, slowly, t
     assert rig.run("a/2").tolist() == [[3.0] * 4]
 
 
+def test_only_what_no_other_model_has_run_is_run(rig, files):
+    """A second model with other sizes or more rows is measured for these, before it is loaded,
+    and told what the first one knows of the rest."""
+    options = {"inputs": (spec("ids", "INT64", -1),), "max_batch_size": 8}
+    asks = [
+        ({}, (WarmUp(1), WarmUp(2))),
+        ({}, (WarmUp(1), WarmUp(8))),
+        ({"padding": Padding(inputs={"ids": 0}, sizes=(2, 4))}, (WarmUp(1, 4), WarmUp(2, 4))),
+        ({}, (WarmUp(2), WarmUp(8))),
+    ]
+    loaded, counts = [], []
+    for n, (more, warm) in enumerate(asks):
+        before = rig.dispatcher.ran
+        file = files(n, models.Net)
+        loaded.append(rig.load(f"a/{n + 1}", **file, **options, **more, warm=warm))
+        counts.append(rig.dispatcher.ran - before)
+        assert [(each.rows, each.size) for each in loaded[-1].cases] == [
+            (each.rows, each.size) for each in warm
+        ]
+    assert counts == [4, 2, 4, 0]  # two runs each
+    assert loaded[1].cases[0] == loaded[0].cases[0]
+    assert loaded[3].cases == (loaded[0].cases[1], loaded[1].cases[1])
+
+
+def test_what_failed_is_not_run_again(rig, files):
+    """Zeros did not suit the program, nor will they suit it for another model."""
+    options = {"inputs": (spec("x", "FP32", 5),), "max_batch_size": 4, "warm": (WarmUp(1),)}
+    assert rig.load("a/1", **files(1), **options).cases == ()
+    before = rig.dispatcher.ran
+    assert rig.load("a/2", **files(2), **options).cases == ()
+    assert rig.dispatcher.ran == before
+
+
+def test_only_the_first_call_of_a_program_is_beside_the_batches(rig, files, monkeypatch):
+    """It is slow, and nobody else runs the program yet; all others take their turn."""
+    calls = []
+
+    class Recorded:
+        schema = ()
+
+        def __init__(self, *_):
+            pass
+
+        def run(self, inputs):
+            calls.append((inputs[0][1].shape[0], rig.dispatcher.calling))
+            return inputs[0][1]
+
+        def weights_bytes(self, granule):
+            return 1 << 20
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(FORMATS, "export", ExecutorFormat(lambda file: 1 << 20, Recorded))
+    monkeypatch.setattr("services.worker.engine.loading.merge", lambda schema, inputs: inputs)
+    options = {"inputs": X, "max_batch_size": 4, "warm": (WarmUp(1), WarmUp(4))}
+    assert len(rig.load("e/1", files(0)["path"], format="export", **options).cases) == 2
+    assert calls == [(1, False), (1, True), (1, True), (4, True), (4, True)]
+
+
+def test_a_known_program_is_only_run_in_turn(rig, files, monkeypatch):
+    """What was not measured yet of a program that is in use is run between the batches."""
+    options = {"inputs": X, "max_batch_size": 4}
+    calls = []
+    run = Skeleton.run
+
+    def recorded(self, arguments):
+        calls.append(rig.dispatcher.calling)
+        return run(self, arguments)
+
+    monkeypatch.setattr(Skeleton, "run", recorded)
+    rig.load("a/1", **files(1), **options, warm=(WarmUp(1),))
+    assert calls == [False, True, True]
+    rig.load("a/2", **files(2), **options, warm=(WarmUp(4),))
+    assert calls[3:] == [True, True]
+
+
 @pytest.mark.parametrize("module", [models.Counts, models.Tampers])
 def test_what_writes_its_weights_has_a_module_of_its_own(rig, files, module):
     """State of one model never shows in another, and the graph is asked only once."""
@@ -286,6 +285,18 @@ def test_what_is_under_way_is_finished(files, slowly):
 def test_a_load_that_is_repeated_is_answered_again(rig, files):
     """A command may be sent twice."""
     assert rig.load("a/1", **files(1)) == rig.load("a/1", **files(1))
+
+
+def test_a_loads_answer_is_final(slowly, monkeypatch):
+    """What goes wrong in a command that waited for the load does not fail the load: it ends the
+    engine, which cannot know what has become of its memory."""
+    rig = Rig()
+    with slowly(rig):
+        monkeypatch.setattr(FORMATS["export"].load, "close", lambda self: 1 / 0)
+        rig.loader.submit(EvictModel("slow/1"))
+    assert isinstance(rig.event(), ModelLoaded)
+    assert isinstance(rig.lost.get(timeout=DEADLINE_S), ZeroDivisionError)
+    assert rig.quiet()
 
 
 # --- tiers --------------------------------------------------------------------------------
@@ -402,3 +413,82 @@ def test_a_device_that_is_lost_in_a_load_is_told(files, tmp_path):
     rig = Rig(device=LostDevice())
     rig.loader.submit(command("m/1", tmp_path / "gone.pt"))
     assert "cannot read" in str(rig.lost.get(timeout=DEADLINE_S))
+
+
+# --- holds --------------------------------------------------------------------------------
+
+
+def test_a_hold_that_fails_takes_nothing_off_the_device(rig, files, tmp_path):
+    """The model stays what it was, whatever comes after."""
+    one = files(1)
+    rig.load("a/1", **one)
+    failed = rig.load("a/1", tmp_path / "gone.pt", layout=one["layout"], tier="host")
+    assert (type(failed), failed.code) == (LoadFailed, "model_failed")
+    rig.load("b/1", **files(2))
+    assert rig.run("a/1").tolist() == [[2.0] * 4]
+    assert rig.run("b/1").tolist() == [[3.0] * 4]
+    rig.evict("a/1")
+    assert (rig.memory.host_bytes, rig.load("a/1", **one).source) == (0, "disk")
+
+
+def test_swaps_and_evictions_overtake_holds(rig, files):
+    """They wait for one piece of a hold, and not for two files."""
+    rig.load("b/1", **files(1), keep_host=True)
+    rig.evict("b/1")
+    rig.load("c/1", **files(2))
+    with rig.busy():
+        for n in range(2):
+            file = files(12, models.Weights)
+            rig.loader.submit(command(f"w/{n + 1}", **file, tier="host"))
+        rig.loader.submit(command("b/1", **files(1), keep_host=True))
+        rig.loader.submit(EvictModel("c/1"))
+    events = [rig.event() for _ in range(4)]
+    assert [each.model for each in events] == ["b/1", "c/1", "w/1", "w/2"]
+    assert rig.run("b/1").tolist() == [[2.0] * 4]
+
+
+def test_a_hold_that_somebody_waits_for_comes_first(rig, files):
+    """A model that is wanted on the device need not wait for those that nobody wants."""
+    with rig.busy():
+        for n in range(3):
+            rig.loader.submit(command(f"w/{n + 1}", **files(12, models.Weights), tier="host"))
+        rig.loader.submit(command("w/3", **files(12, models.Weights), keep_host=True))
+    events = [(each.model, each.tier) for each in (rig.event() for _ in range(4))]
+    assert events.index(("w/3", "host")) == 0
+    assert set(events[1:]) == {("w/3", "device"), ("w/1", "host"), ("w/2", "host")}
+
+
+def test_a_model_may_leave_the_device_while_it_is_held(rig, files):
+    """The one has nothing to do with the other."""
+    file = files(12, models.Weights)
+    rig.load("w/1", **file)
+    with rig.busy():
+        rig.loader.submit(command("w/1", **file, tier="host"))
+        rig.loader.submit(EvictModel("w/1"))
+    assert [type(rig.event()) for _ in range(2)] == [ModelEvicted, ModelLoaded]
+    assert rig.memory.host_bytes == 12 << 20
+    assert rig.load("w/1", **file).source == "host"
+
+
+def test_a_hold_of_what_turns_out_unshareable_holds_nothing(rig, files, slowly):
+    """Whether it is over by then or in the midst of it."""
+    file = files(1, models.Tampers)
+    with slowly(rig):
+        rig.loader.submit(command("w/1", **file))
+        assert rig.load("w/2", **file, tier="host").weights_bytes
+    assert [rig.event().model for _ in range(2)] == ["slow/1", "w/1"]
+    assert rig.load("w/3", **file, tier="host").weights_bytes == 0
+    rig.evict("w/1")
+    assert rig.memory.host_bytes == 0
+
+
+def test_a_failure_is_recovered_from_once(files, tmp_path):
+    """A collection and a look at the device cost every batch some time."""
+    device = Counted()
+    rig = Rig(device=device)
+    gone = tmp_path / "gone.pt"
+    for options in ({"path": gone, "layout": files(1)["layout"]}, {"path": gone}):
+        device.reclaims = 0
+        assert isinstance(rig.load("a/1", **options), LoadFailed)
+        assert device.reclaims == 1
+    rig.end()

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from services.worker.engine.extents import Place  # noqa: E402
-from services.worker.engine.moves import CpuMover, Read, Staging, fills  # noqa: E402
+from services.worker.engine.movers import CpuMover, Read, Staging, fills  # noqa: E402
 from services.worker.engine.slabs import HUGE_PAGE, HostSlab  # noqa: E402
 from tests.unit.engine.engine_weights import Weights, anonymous_bytes, noise  # noqa: E402
 

@@ -57,3 +57,25 @@ def test_a_model_that_all_failed_to_load_is_not_servable():
 def test_an_engine_that_is_down_holds_nothing():
     """Its device's memory went with it."""
     assert str(placements([report("a", seen(), engine_up=False)])[BERT]) == "disk"
+
+
+def test_a_model_that_is_served_from_host_memory_is_servable():
+    """It failed on one worker and is swapped in by another; a worker whose engine is down holds
+    nothing, nor does the one that failed."""
+    failed = report("a", seen("host", "failed", bound=False, error="out of memory"))
+    host = seen("host", "ready", bound=False)
+    place = placements([failed, report("b", host)])[BERT]
+    assert place.servable
+    assert str(place) == "host memory"
+    assert place.tiers == {"b": "host"}
+    assert placements([failed, report("b", seen("disk", "absent"))])[BERT].servable
+    assert not placements([failed])[BERT].servable
+    stale = report("a", seen("host", "failed", bound=True, error="out of memory"))
+    assert not placements([stale])[BERT].servable
+    assert not placements([failed, report("b", host, engine_up=False)])[BERT].servable
+
+
+def test_tiers_are_told_by_worker():
+    """Where it is on disk only, nothing is said."""
+    reports = [report("a", seen()), report("b", seen("host")), report("c", seen("disk", "absent"))]
+    assert placements(reports)[BERT].tiers == {"a": "device", "b": "host"}

@@ -123,3 +123,50 @@ def test_values_of_enums_and_strangers():
     canon = Canon(definitions({"code/__torch__.py": "class Color(Enum):\n  RED = 1\n"}))
     assert canon.name("__torch__.Color.RED") == "<0:__torch__.Color>.RED"
     assert canon.name("__torch__.torch.classes.x.Y") == "__torch__.torch.classes.x.Y"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("  {0} = 3\n  return f(x,\n    {0} = 3)\n", ("alpha", "beta")),
+        ("  {0} = 3\n  return f(x, {0} = 3)\n", ("alpha", "beta")),
+        ("  {0} = f(x, {0} = 3)\n  return x\n", ("alpha", "beta")),
+        ("  {0} = 3\n  return f(x, {0} =3)\n", ("alpha", "beta")),
+        ("  {0} = g(x)\n  return x. {0}\n", ("a", "b")),
+        ("  {0} = g(x)\n  return h('{0}')\n", ("a", "b")),
+        ('  {0} = g(x)\n  return h("""\n{0}""")\n', ("a", "b")),
+        ("  {0} = g(x)\n  return x.\\\n{0}\n", ("a", "b")),
+        ("  # for {0} in \n  return {0}(x)\n", ("neg", "abs")),
+        ("  y = {0}(x)\n  {0} = 3\n  return y\n", ("min", "max")),
+        ("  y = mul(x, {0})\n  {0} = 3\n  return y\n", ("inf", "nan")),
+        ("  {0} = 3\n  y = annotate(List[{0}], [])\n  return y\n", ("int", "float")),
+        ("  {0} = 3\n  y = annotate({0}, x)\n  return y\n", ("Tensor", "Device")),
+    ],
+)
+def test_what_only_looks_like_a_variable_makes_a_difference(one, other):
+    """A keyword, an attribute, a text, a function, a constant, a type: code that somebody wrote
+    so by hand is refused, or keeps its names."""
+    keys = []
+    for name in other:
+        try:
+            keys.append(function(one.format(name)))
+        except Unreadable:
+            continue
+    assert len(keys) < 2 or keys[0] != keys[1]
+
+
+def test_what_would_look_numbered_is_refused():
+    """Else a program that nothing can run could stand in for a good one."""
+    for body in ("  $0 = neg(x)\n", "  return <0:__torch__.f>(x)\n"):
+        with pytest.raises(Unreadable, match="as torch writes"):
+            function(body)
+
+
+def test_a_preamble_is_a_part_of_every_definition():
+    """Whatever stands before the definitions of a file makes a difference to each."""
+    text = "{}def f(x: Tensor) -> Tensor:\n  return x\n"
+    keys = {
+        tuple(program("__torch__.f", {"__torch__": text.format(before)}))
+        for before in ("", "op_version_set = 0\n", "op_version_set = 1\n")
+    }
+    assert len(keys) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import tracemalloc
 
 import pytest
 
@@ -12,6 +13,7 @@ from shared.errors import InvalidRequest
 from shared.layout import Block, Layout, Slot, decode, encode, objects, torchscript
 from shared.layout.torchscript import read_layout
 from tests.archives import torchscript as fake
+from tests.hostile import CODE_BOMBS
 from tests.torchscript_files import (
     Made,
     Name,
@@ -289,3 +291,25 @@ def test_long_names_are_not_multiplied():
     text = b"X" + struct.pack("<I", 100_000) + b"a" * 100_000 + b"q\x01"
     many = Raw(b"(" + text + b"h\x01" * 100_000 + b"t")
     assert layout(w=Tensor("0", 4), t=many).obstacle is None
+
+
+@pytest.mark.parametrize("case", CODE_BOMBS)
+def test_hostile_code_costs_little_memory(case):
+    """A few kilobytes, unpacked and taken apart, are never hundreds of megabytes."""
+    data = CODE_BOMBS[case]()
+    tracemalloc.start()
+    try:
+        read(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 << 20
+
+
+def test_more_constants_than_a_program_has_are_weights(monkeypatch):
+    """A file whose constants would fill a device is served as it is."""
+    monkeypatch.setattr(torchscript, "MAX_CONSTANT_BYTES", 31)
+    constants = {"constants/0": FOUR, "constants/1": FOUR}
+    found = layout(constants=(Tensor("0", 4), Tensor("1", 4)), more=constants)
+    assert found.obstacle == "its constants have 32 bytes, more than 31"
+    assert layout(constants=(Tensor("0", 4),), more={"constants/0": FOUR}).obstacle is None

@@ -8,6 +8,7 @@ from services.placer.core.plan import Bind, Plan, Retire, Unbind
 from services.placer.core.policy import Policy
 from services.placer.knowledge import Knowledge
 from shared.control import ModelReport, Report
+from shared.layout import Share
 from shared.models import Footprint, Manifest
 from shared.names import ModelId
 
@@ -176,3 +177,16 @@ def test_events_are_bounded():
         knowledge.note("something", str(number))
     assert len(knowledge.events) == 1000
     assert msgspec.json.encode(list(knowledge.events))
+
+
+def test_a_worker_shows_whether_it_shares():
+    """Until it has told of a model that has something in common with others, it is taken to."""
+    shares = (Share("backbone", 8),)
+    _, knowledge = knowing()
+    assert knowledge.view().workers["w1"].shares
+    knowledge.active[A].estimate = Footprint(10, measured=False, shares=shares)
+    knowledge.see([report(seen())], {}, 100.0)
+    assert not knowledge.view().workers["w1"].shares
+    sharing = msgspec.structs.replace(seen(), footprint=Footprint(10, shares=shares))
+    knowledge.see([report(sharing)], {}, 100.0)
+    assert knowledge.view().workers["w1"].shares

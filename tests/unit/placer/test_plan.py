@@ -367,6 +367,47 @@ def test_fewer_workers_are_wanted_only_after_a_long_time_and_if_memory_allows():
     assert plan(view(fleet[:1], [], fleet_since=long_ample), POLICY).wanted.workers == 1
 
 
+def test_a_fleet_that_swaps_or_shares_shrinks_too():
+    """What counts is what would not fit the others: shared weights count once on each worker,
+    and the host's memory is room; but not for what never leaves a device."""
+    since = FleetSince(ample=NOW - POLICY.shrink_after_s)
+    models = [model(n, size_bytes=40) for n in "abcd"]
+
+    def wanted(**rest):
+        fleet = [worker("w1", "a", "b", **rest), worker("w2", "c", "d", **rest)]
+        return plan(view(fleet, models, fleet_since=since), POLICY).wanted.workers
+
+    assert wanted() == 2
+    assert wanted(host_bytes=60) == 1
+    assert wanted(host_bytes=59) == 2
+    pinned = {"cpu": Footprint(40, pinned=True)}
+    models = [model(n, size_bytes=40, known=pinned) for n in "abcd"]
+    assert wanted(host_bytes=60) == 2
+    models = [tuned(n, 40, 35) for n in "abcd"]
+    assert wanted() == 1
+    models = [tuned(n, 40, 29) for n in "abcd"]
+    assert wanted() == 2
+
+
+def tuned(name, size, backbone):
+    """A model of which nothing was measured; the repository knows what it has in common."""
+    share = Share("backbone", backbone)
+    estimate = Footprint(size, measured=False, shares=(share,))
+    return model(name, size_bytes=size + 1, estimate=estimate, waiting=True)
+
+
+def test_a_burst_of_fine_tunes_finds_room_before_any_is_loaded():
+    """Each counts without the backbone that is there with the first; on a worker that is seen
+    not to share, and before the repository was asked, in full."""
+    models = [tuned(f"m{n}", 40, 35) for n in range(10)]
+    decided = plan(view([worker("w1")], models), POLICY)
+    assert len(decided.bind) == 10
+    assert not decided.refused
+    assert len(plan(view([worker("w1", shares=False)], models), POLICY).bind) == 2
+    unknown = [model(f"m{n}", size_bytes=40, waiting=True) for n in range(10)]
+    assert len(plan(view([worker("w1")], unknown), POLICY).bind) == 2
+
+
 def test_demand_beyond_the_fleet_asks_for_as_many_workers_as_it_takes():
     """At the target utilization, with the numbers as the reason."""
     hot = model("hot", need=4.9, held=9)

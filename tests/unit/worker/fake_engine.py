@@ -34,7 +34,6 @@ class FakeEngine:
         self.gate.set()
         self.batches: list[tuple[ModelId, int]] = []
         """Model and rows of everything that was run."""
-        self.runs: list[wire.RunBatch] = []
         self.loads: list[wire.LoadModel] = []
         self.evictions: list[ModelId] = []
         """From the device."""
@@ -175,7 +174,6 @@ class Life:
         if name.startswith("slow"):
             await self.engine.gate.wait()
         self.engine.batches.append((name, command.rows))
-        self.engine.runs.append(command)
         if name not in self.models:
             return wire.BatchFailed(command.batch, "not_found", f"{name} is not loaded")
         if name.startswith("oom") and command.rows > 4:

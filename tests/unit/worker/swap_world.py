@@ -58,7 +58,8 @@ def manifest(name: str, **spec) -> Manifest:
 
 
 class SwapWorld:
-    """Models of `sizes` units on a device of `device` and a host tier of `host` units."""
+    """Models of `sizes` units on a device of `device` and a host tier of `host` units. Those that
+    are `apart` are of another architecture than the others; of `whole` ones there is no copy."""
 
     def __init__(
         self,
@@ -71,11 +72,12 @@ class SwapWorld:
         shared: int = 0,
         stateful: Iterable[str] = (),
         whole: Iterable[str] = (),
+        apart: Iterable[str] = (),
         max_loading: int = 4,
     ) -> None:
         self.core = WorkerCore(max_loading=max_loading)
         self.sizes = {model_id(name, 1): size for name, size in sizes.items()}
-        self.stateful, self.whole = set(stateful), set(whole)
+        self.stateful, self.whole, self.apart = set(stateful), set(whole), set(apart)
         self.device, self.host, self.shared = device, host, shared
         self.batch_s, self.copy_s = batch_s, copy_s
         self.now = 0.0
@@ -167,7 +169,8 @@ class SwapWorld:
             case FetchModel(model=model):
                 name = model.partition("/")[0]
                 spec = {"stateful": True} if name in self.stateful else {"max_batch_size": 4}
-                told = layout(self.sizes[model], self.shared)
+                architecture = "b" if name in self.apart else "a"
+                told = layout(self.sizes[model], self.shared, architecture)
                 self.tell(ModelFetched(model, manifest(name, **spec), layout=told))
             case LoadModel():
                 self.load(action)

@@ -49,10 +49,12 @@ def test_settings_come_from_the_environment():
 def test_the_host_tier_is_half_of_what_is_free(tmp_path):
     """On a GPU, and at most eight times its budget; on a CPU there is none unless it is asked
     for. A container's limit counts, but not the files that it has cached."""
-    assert host_budget(WorkerConfig(), "cpu", 10) == 0
-    assert host_budget(WorkerConfig(host_bytes="1KiB"), "cpu", 10) == 1024
-    assert host_budget(WorkerConfig(), "cuda:0", 10) == 80
-    assert host_budget(WorkerConfig(), "cuda:0", 1 << 60) < 1 << 50
+    assert host_budget(WorkerConfig(), "cpu", 10, 1) == 0
+    assert host_budget(WorkerConfig(host_bytes="1KiB"), "cpu", 10, 8) == 1024
+    assert host_budget(WorkerConfig(), "cuda:0", 10, 1) == 80
+    alone = host_budget(WorkerConfig(), "cuda:0", 1 << 60, 1)
+    assert alone < 1 << 50
+    assert host_budget(WorkerConfig(), "cuda:0", 1 << 60, 1000) < alone / 100, "each has a share"
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable:       5 kB\n")
     assert available_bytes(meminfo, tmp_path) == 5 * 1024

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from random import Random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.worker.core.events import BatchRan
+from services.worker.core.events import BatchRan, LoadFailed
 from shared.names import ModelId, model_id
 from tests.unit.worker.swap_world import UNIT, SwapWorld
 
@@ -165,16 +167,96 @@ def test_what_keeps_a_state_makes_others_leave():
 
 
 def test_programs_that_cannot_be_told_from_their_weights_are_not_held():
-    """They are served all the same, from the disk each time."""
+    """So many are served as the device holds, whatever the host's memory has free."""
     world = SwapWorld(equal(4), device=20, host=60, whole=equal(4))
     world.want(*equal(4))
     assert not world.core.state.host.used_bytes()
-    for _ in range(2):
-        for n in range(4):
-            world.arrive(f"m{n}", 2)
-        world.run(world.now + 3)
-    assert list(world.done.values()) == ["answered"] * 16
-    assert not world.in_host
+    assert set(world.consumers) == {"m0/1", "m1/1"}
+    assert world.core.state.get("m2/1").error == (
+        "no room on the device for what cannot wait in the host's memory: "
+        f"needs {10 * UNIT:,} bytes, 0 are free"
+    )
+
+
+def test_what_has_no_copy_comes_from_the_disk_when_it_is_asked_for():
+    """And not before, once it had to leave for others: it would leave again at the next swap."""
+    world = SwapWorld({"w": 4, "a": 6, "b": 9}, device=10, host=30, whole=["w"], apart=["w"])
+    world.want("w", "a", "b")
+    world.log.clear()
+    for n in range(6):
+        world.arrive("ab"[n % 2])
+        world.run(world.now + 1)
+    assert "+w/1" not in world.log
+    world.arrive("w")
+    world.run(world.now + 1)
+    assert list(world.done.values()) == ["answered"] * 7
+    assert not any(m.startswith("w") for m in world.in_host)
+
+
+def test_what_turns_out_whole_takes_its_like_with_it():
+    """What they shared they have each for itself: the device's sum says so at once."""
+    world = SwapWorld(equal(3), device=30, host=40, shared=8, whole=["m2"])
+    world.want("m0", "m1")
+    assert world.core.state.used_bytes() == 12 * UNIT
+    world.want("m0", "m1", "m2")
+    assert world.core.state.used_bytes() == 30 * UNIT
+
+
+@given(
+    residents=st.integers(2, 3),
+    newcomers=st.integers(1, 3),
+    batch_s=st.sampled_from([0.002, 0.01, 0.05]),
+    load=st.sampled_from([0.3, 1.0]),
+    per=st.sampled_from([1, 4, 8]),
+    deep=st.sampled_from([8, 16]),
+    size=st.sampled_from([10, 20]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_nobody_waits_for_those_that_never_rest(
+    residents, newcomers, batch_s, load, per, deep, size, seed
+):
+    """As long as each of the residents is asked without a pause, newcomers are answered: they
+    are due before what comes later; also one in whose place two must leave."""
+    names = [f"m{n}" for n in range(residents)]
+    others = [f"n{n}" for n in range(newcomers)]
+    sizes = dict.fromkeys(names, 10) | dict.fromkeys(others, size)
+    world = SwapWorld(sizes, device=10 * residents, host=500, batch_s=batch_s)
+    jitter = Random(seed)
+    world.want(*names, *others)
+
+    def busy(until: float) -> None:
+        while world.now < until and not all(item in world.done for item in asked):
+            for name in names:
+                if len(world.core.dispatch.waiting(model_id(name, 1))) < deep:
+                    world.arrive(name, per)
+            world.run(world.now + batch_s * load * jitter.uniform(0.75, 1.25), check=False)
+
+    asked = [0]
+    busy(world.now + 50 * batch_s)
+    asked, at = [item for name in others for item in world.arrive(name)], world.now
+    assert len(asked) == newcomers
+    # By its target; behind what each of the others is due before it; and what it costs to come.
+    bound = 0.2 + newcomers * (0.05 + 4 * (residents + newcomers) * deep * batch_s)
+    busy(at + bound)
+    assert all(item in world.done for item in asked), "it starves"
+
+
+def test_a_copy_that_cannot_be_made_costs_nobody_his_model():
+    """It is served from the disk, and asked for a copy again later."""
+    world = crowd(3, device=20, host=10)
+    state = world.core.state
+    model = state.get("m2/1")
+    model.copy = "none"
+    state.host.remove(model.id)
+    world.in_host.discard(model.id)
+    load = state.load(model, world.now, tier="host", keep=True)
+    world.tell(LoadFailed(load.model, "model_failed", "cannot pin"))
+    assert model.id in world.consumers
+    assert (model.error, model.in_host, model.stage) == (None, False, "absent")
+    world.arrive("m2")
+    world.run(world.now + 1)
+    assert list(world.done.values()) == ["answered"]
 
 
 def test_copies_of_what_nobody_wants_go_first():
@@ -219,11 +301,10 @@ def test_a_shared_part_is_counted_once_in_each_tier():
     assert list(world.done.values()) == ["answered"] * 10
 
 
-def test_a_swapped_model_prefetches_one_batch():
-    """More would hide from the placer what waits."""
+def test_wherever_a_model_is_it_prefetches_two_batches():
+    """It is bound for longer than it stays where it is: once it is hot, one runs and one waits."""
     world = crowd()
-    windows = {s.model: s.prefetch for s in world.core.subscriptions.all.values()}
-    assert [windows[model_id(f"m{n}", 1)] for n in range(8)] == [8, 8] + [4] * 6
+    assert [s.prefetch for s in world.core.subscriptions.all.values()] == [8] * 8
 
 
 def test_without_a_host_tier_nothing_wanted_leaves():
@@ -265,9 +346,9 @@ def test_what_was_measured_larger_than_the_device_is_refused_when_it_is_asked():
     model.measured.shares = ()
     world.core.state.claims.take(model)
     world.arrive("m7")
+    assert model.id not in world.consumers, "in the same step"
     world.run(world.now + 1)
     assert list(world.done.values()) == ["given back"]
-    assert model.id not in world.consumers
     assert world.core.reports()[7].phase == "failed"
     assert "larger than the whole device budget" in str(model.error)
 
