@@ -3,10 +3,11 @@ module of their own), and what it ends as."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Generator, Hashable, Mapping
+from collections.abc import Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -86,7 +87,7 @@ def has_program(command: LoadModel) -> bool:
 def parse(load: Load, device: Device) -> Skeleton | Unshareable:
     """The program of the file's architecture. Raises what `Skeleton.load` does."""
     try:
-        with torch.inference_mode(mode=False):  # its tensors are for other threads
+        with _settings():
             return Skeleton.load(load.file, load.layout, device.torch_device)
     except Unshareable as why:
         return Unshareable(str(why))  # without the frames
@@ -104,13 +105,23 @@ def open_whole(load: Load, device: Device) -> Executor:
     """A module of its own, on the device. Raises whatever the file makes torch raise."""
     executor: Executor
     target = device.torch_device
-    with torch.inference_mode(mode=False):  # its tensors are for other threads
+    with _settings():
         if load.manifest.format == "torchscript":
             executor = WholeExecutor(load.file, load.command.layout, load.manifest, target)
         else:
             executor = _form(load).load(load.file, load.manifest, target)
     device.synchronize()
     return executor
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Torch's own, in a thread that has those for running models: its tensors are for other
+    threads, and without optimization torch inlines no calls, so that what a program writes could
+    not be seen."""
+    jit: Any = torch.jit  # torch leaves it untyped
+    with jit.optimized_execution(True), torch.inference_mode(mode=False):
+        yield
 
 
 def _form(load: Load) -> ExecutorFormat:

@@ -23,6 +23,7 @@ from tests.unit.engine.engine_weights import Weights, anonymous_bytes, noise  # 
 pytestmark = pytest.mark.torch
 
 KIB = 1024
+MIB = 1024 * KIB
 DEVICE = CpuDevice()
 
 
@@ -407,3 +408,43 @@ Swapping.TestCase.settings = settings(max_examples=40, stateful_step_count=30, d
 SwappingUnshared.TestCase.settings = Swapping.TestCase.settings
 TestSwapping = Swapping.TestCase
 TestSwappingUnshared = SwappingUnshared.TestCase
+
+
+# --- holds, piece by piece ----------------------------------------------------------------
+
+
+def test_nobody_takes_bytes_that_are_still_under_way(weights):
+    """A model that shares a block with one that is being held reads it for itself; what comes
+    later has it."""
+    kept, shared = store(4 * MIB // KIB, 8 * MIB // KIB, slab_bytes=8 * MIB), noise(0, 3 * MIB)
+    one, two = weights("one", shared), weights("two", shared, noise(2, 1000))
+    steps = kept.hold("one", one.layout, one.file)
+    next(steps)
+    for keep_host in (False, True):
+        placed = place(kept, "two", two, keep_host=keep_host)
+        assert (contents(placed), placed.source) == (two.contents, "disk")
+        kept.evict("two", "device")
+    kept.validate()
+    assert list(steps) == [None]
+    assert place(kept, "two", two).source == "host"
+    assert kept.memory().host_bytes == aligned(3 * MIB) + 1024
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_hold_that_is_given_up_leaves_nothing(weights, cut):
+    """Nor does one that fails after a while; what another model has of it by then is right."""
+    kept, shared = store(16 * MIB // KIB, 16 * MIB // KIB, slab_bytes=16 * MIB), noise(0, 3 * MIB)
+    one, two = weights("one", shared, noise(1, 3 * MIB)), weights("two", shared)
+    steps = kept.hold("one", one.layout, one.file)
+    next(steps)
+    hold(kept, "two", two)
+    if cut:
+        os.truncate(one.path, 1 * MIB)
+        with pytest.raises(Failed, match="cut short"):
+            list(steps)
+    else:
+        steps.close()
+    kept.validate()
+    assert not kept.in_tier("one", "host")
+    assert kept.memory().host_bytes == aligned(3 * MIB)
+    assert contents(place(kept, "two", two)) == two.contents
