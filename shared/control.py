@@ -72,6 +72,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool = False
     engine_up: bool = True
     engine_restarts: int = 0
+    labels: dict[str, str] = {}
+    """What models' `Placement` may ask for: the worker's settings, and `worker`, `host` and
+    `device_kind`."""
     models: tuple[ModelReport, ...] = ()
 
 

@@ -75,6 +75,18 @@ class Padding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return next((size for size in self.sizes if size >= length), length)
 
 
+class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """On which workers copies of a model may be. Labels are the workers' own (`Report.labels`);
+    each worker also has `worker`, `host` and `device_kind`."""
+
+    worker_selector: dict[str, str] = {}
+    """Labels that a worker must have, with these values (Kubernetes' `nodeSelector`);
+    `{"worker": "w3"}` pins the model to one worker."""
+    spread_by: str | None = None
+    """No two copies on workers that have the same value of this label (Kubernetes'
+    anti-affinity with a `topologyKey`); None: at most one copy per worker, as always."""
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a person may say of a model (`model.json`). Everything has a default that works
     for a file of which nothing is known."""
@@ -104,6 +116,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     max_copies: int | None = None
     priority: int = 0
     """Higher is placed first when memory is short."""
+    placement: Placement = Placement()
     parameters: dict[str, Scalar] = {}
     """Free-form; shown in the model's configuration."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from shared.control import ModelReport
-from shared.models import Footprint
+from shared.models import Footprint, Placement
 from shared.names import ModelId
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """The longest that a worker took to load it. 0: not known."""
     low_since: float | None = None
     """Since when one copy fewer would do."""
+    target_s: float = 0.1
+    """Latency that is aimed at for one request."""
+    placement: Placement = Placement()
 
     def copies_limit(self, workers: int) -> int:
         if self.stateful:
@@ -95,6 +98,10 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     """Models that it could not load lately, and why."""
     shares: bool = True
     """Whether it keeps once what several models have, as far as it has shown."""
+    labels: Mapping[str, str] = {}
+    """As it reports them (`shared.models.Placement`)."""
+    copied_s: float = 0.0
+    """Seconds of loading that it was given lately, decaying (`Policy.load_share`)."""
 
     def is_bound(self, model: ModelId) -> bool:
         report = self.reported.get(model)

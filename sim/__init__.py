@@ -1,0 +1,1 @@
+"""Simulator: the placer's and the worker's own cores, in virtual time."""
