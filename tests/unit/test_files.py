@@ -43,28 +43,6 @@ def sha(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-@pytest.fixture(params=["directory", "url"])
-def url(request, tmp_path):
-    if request.param == "directory":
-        return str(tmp_path / "repository")
-    return f"memory://{uuid.uuid4().hex}/repository"
-
-
-@pytest.fixture
-def repository(url):
-    return Repository(url)
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "repository"
-
-
-@pytest.fixture
-def local(root):
-    return Repository(str(root))
-
-
 @pytest.fixture
 def cache(tmp_path):
     return str(tmp_path / "cache")

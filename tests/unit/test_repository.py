@@ -33,28 +33,6 @@ SPEC = ModelSpec(inputs=(TensorSpec("x", "FP32", (-1, 4)),), max_batch_size=8)
 OTHER = ModelSpec(target_ms=5.0)
 
 
-@pytest.fixture(params=["directory", "url"])
-def url(request, tmp_path):
-    if request.param == "directory":
-        return str(tmp_path / "repository")
-    return f"memory://{uuid.uuid4().hex}/repository"
-
-
-@pytest.fixture
-def repository(url):
-    return Repository(url)
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "repository"
-
-
-@pytest.fixture
-def local(root):
-    return Repository(str(root))
-
-
 def put(repository: Repository, weights: bytes = bytes(64)) -> str:
     return repository.put_blob([torchscript(weights)])[0]
 
