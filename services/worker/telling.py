@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 
@@ -28,6 +29,8 @@ class Teller:
     ) -> None:
         self.budget_bytes = budget_bytes
         self.host_budget_bytes = 0
+        self.labels: dict[str, str] = {}
+        """As configured; what every worker has is added."""
         self.memory: Callable[[], wire.MemoryMeasured | None] = lambda: None
         """What the engine last said of its memory."""
         self.meter: Meter | None = None
@@ -48,12 +51,14 @@ class Teller:
         models = core.reports()
         self._count(models, used, measured, told)
         wall, now = time.time(), time.monotonic()
+        kind = self.started.device_kind if self.started else ""
+        own = {"worker": self._worker, "host": socket.gethostname(), "device_kind": kind}
         return Report(
             worker=self._worker,
             incarnation=self._incarnation,
             seq=self._seq,
             at=wall,
-            device_kind=self.started.device_kind if self.started else "",
+            device_kind=kind,
             device_name=self.started.device_name if self.started else "",
             budget_bytes=self.budget_bytes,
             used_bytes=used,
@@ -65,6 +70,7 @@ class Teller:
             draining=core.draining,
             engine_up=state.engine_up,
             engine_restarts=core.engine_restarts,
+            labels=self.labels | own,
             models=tuple(_on_the_wall(model, wall - now) for model in models),
         )
 

@@ -5,25 +5,28 @@ A block is known by its content: models that have the same one share it, and it 
 long as one of them is. So nothing may write through the views that are handed out. With sharing
 off, every block is its model's own.
 
-The laws: what does not fit is refused with numbers, and then no model has less; what could not
-be read is not there at all; every block counts the models that have it.
+The laws: what does not fit is refused with numbers, and then no model has less; nothing is
+refused that the bytes suffice for (others are moved for it, while no model runs); what could
+not be read is not there at all; every block counts the models that have it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Final, Literal, NamedTuple
 
 import torch
 
-from services.worker.engine.extents import Place, Space, joined
+from services.worker.engine.cudaregion import CudaRegion
+from services.worker.engine.extents import Space, grain_for
 from services.worker.engine.files import ScatteredFile
 from services.worker.engine.memory import Device
-from services.worker.engine.movers import Read, fills, mover_for, read_to_host
-from services.worker.engine.slabs import CudaSlab, HostSlab, Slab, Typed
+from services.worker.engine.movers import Read, move_in_host, mover_for, read_to_host
+from services.worker.engine.places import Move, Place, joined
+from services.worker.engine.regions import HostRegion, Region, Typed
 from services.worker.engine.tiers import Key, Tier
-from services.worker.engine.views import Spot, check, views
+from services.worker.engine.views import Spot, Weights, check, views
 from shared.layout import Block, Layout, aligned
 from shared.names import ModelId
 
@@ -38,12 +41,15 @@ _STEP_BYTES: Final = 2 << 20
 """Read at once while a model is held: a millisecond from a fast disk, during which a swap waits."""
 
 
+_PINNED_GRAIN: Final = 32 << 20
+"""Of the host's memory, where a device copies from it: each grain is registered by itself, and
+each needs a copy of its own."""
+
+
 class Placed(NamedTuple):
     """A model on the device."""
 
-    views: tuple[torch.Tensor, ...]
-    """One per slot of its layout. Not to be kept beyond the model's eviction: the bytes are
-    another's then, and on CUDA a view keeps its slab from being given back."""
+    weights: Weights
     weights_bytes: int
     """Of its distinct blocks, those that others have as well included."""
     source: Literal["disk", "host"]
@@ -81,8 +87,9 @@ class _Anatomy(NamedTuple):
 class BlockStore:
     """One thread calls everything but `memory`, which any may call.
 
-    `device_bytes` and `host_bytes` are the budgets of the slabs. A slab that has been empty for
-    `patience_s` is given back. `slab_bytes` follows from the budgets unless it is told.
+    `device_bytes` and `host_bytes` are the budgets of the blocks, the greatest that they will
+    ever have. What is backed and has been empty for `patience_s` is given back, by grains, which
+    follow from the budgets unless they are told.
     """
 
     def __init__(
@@ -93,29 +100,32 @@ class BlockStore:
         host_bytes: int,
         share: bool = True,
         patience_s: float = _PATIENCE_S,
-        slab_bytes: int | None = None,
+        grain: int | None = None,
+        standstill: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
+        """`standstill` does some work while no model runs, and returns after it."""
         target = device.torch_device
         cuda = target.type == "cuda"
-
-        def make_host(nbytes: int) -> HostSlab:
-            return HostSlab(nbytes, pin_for=target if cuda else None)
-
-        def make_device(nbytes: int) -> Slab:
-            return CudaSlab(nbytes, target) if cuda else HostSlab(nbytes)
-
         self._share = share
         self._mover = mover_for(target)
-        self._host = Tier("host", Space(host_bytes, slab_bytes), make_host, patience_s)
-        self._device = Tier(
-            "device",
-            Space(device_bytes, slab_bytes),
-            make_device,
+        self._standstill = standstill
+        host_grain = grain or (max(grain_for(host_bytes), _PINNED_GRAIN) if cuda else None)
+        host, room = Space(host_bytes, host_grain), Space(device_bytes, grain)
+        self._host: Tier[HostRegion] = Tier(
+            "host",
+            host,
+            HostRegion(host.most_bytes, host.grain, pin_for=target if cuda else None),
             patience_s,
-            CudaSlab.give_back if cuda else None,
+            self._rearrange_host,
         )
+        region: Region = HostRegion(room.most_bytes, room.grain)
+        if cuda:
+            region = CudaRegion(room.most_bytes, room.grain, target, device)
+        self._device: Tier[Region] = Tier("device", room, region, patience_s, self._rearrange)
         self._no_bytes = Typed(torch.empty(0, dtype=torch.uint8, device=target))
         self._anatomies: dict[ModelId, _Anatomy] = {}
+        self._weights: dict[ModelId, Weights] = {}
+        """Of each model on the device."""
         self._memory = BlockMemory(0, 0, 0, 0)
 
     def hold(self, model: ModelId, layout: Layout, file: ScatteredFile) -> Generator[None]:
@@ -130,8 +140,8 @@ class BlockStore:
             missing = self._host.enter(model, anatomy.sizes)
             undo.callback(self._host.leave, model)
             self._settle(model, anatomy)
-            for lot in fills(list(_reads(self._host, missing.items(), anatomy)), _STEP_BYTES):
-                read_to_host(file, lot)
+            for lot in _lots(missing, anatomy, _STEP_BYTES):
+                read_to_host(file, [self._part(anatomy, *part) for part in lot])
                 yield
             self._host.filled(missing)
             undo.pop_all()
@@ -161,16 +171,19 @@ class BlockStore:
             read = self._fill(missing, anatomy, file) or read
             self._device.filled(missing)
             # 3. A device makes its copies meanwhile.
-            tensors = views(anatomy.layout, anatomy.dtypes, self._spots(anatomy))
+            tensors = self._views(anatomy)
             self._mover.finish()
             undo.pop_all()
         self._settle(model, anatomy)
-        return Placed(tensors, anatomy.weights_bytes, "disk" if read else "host")
+        weights = self._weights.setdefault(model, Weights(tensors))
+        return Placed(weights, anatomy.weights_bytes, "disk" if read else "host")
 
     def evict(self, model: ModelId, tier: TierName) -> None:
         """Its bytes can be had at once, those that no other model has; the system gets them with
         `tidy`. Nothing to do when it is not there."""
         self._tier(tier).leave(model)
+        if tier == "device":
+            self._weights.pop(model, None)
         self._settle(model)
 
     def limit_device(self, device_bytes: int) -> None:
@@ -200,7 +213,7 @@ class BlockStore:
 
     # --- the parts
 
-    def _tier(self, name: TierName) -> Tier[HostSlab] | Tier[Slab]:
+    def _tier(self, name: TierName) -> Tier[HostRegion] | Tier[Region]:
         return self._host if name == "host" else self._device
 
     def _anatomy(self, model: ModelId, layout: Layout) -> _Anatomy:
@@ -240,20 +253,44 @@ class BlockStore:
             else:
                 copies.append((source, place))
         for source, place in joined(copies):
-            self._mover.copy(self._host.slab_of(source), source, self._device.slab_of(place), place)
+            self._mover.copy(self._host.region, source, self._device.region, place)
         reads = list(_reads(self._device, rest, anatomy))
         if reads:
             self._mover.read(file, reads)
         return bool(reads)
 
-    def _spots(self, anatomy: _Anatomy) -> list[Spot]:
+    def _views(self, anatomy: _Anatomy) -> tuple[torch.Tensor, ...]:
+        """As plain tensors, in whatever thread: no module takes inference tensors."""
         spots = []
         for key in anatomy.keys:
             place = self._device.place_of(key)
             assert place is not None, "the model is in the device tier"
-            typed = self._device.slab_of(place).typed if place.nbytes else self._no_bytes
+            typed = self._device.region.typed if place.nbytes else self._no_bytes
             spots.append(Spot(typed, place.offset))
-        return spots
+        with torch.inference_mode(mode=False):
+            return views(anatomy.layout, anatomy.dtypes, spots)
+
+    def _part(self, anatomy: _Anatomy, key: Key, start: int, count: int) -> Read:
+        """Of a block into the host's memory, wherever its room is now."""
+        place = Place(self._host.room_of(key).offset + start, aligned(count))
+        return Read(anatomy.blocks[key].offset + start, count, self._host.region, place)
+
+    def _rearrange_host(self, moves: Sequence[Move], moved: Callable[[], None]) -> None:
+        """Nothing looks at the host's blocks but copies, which this thread has waited for."""
+        move_in_host(self._host.region, moves)
+        moved()
+
+    def _rearrange(self, moves: Sequence[Move], moved: Callable[[], None]) -> None:
+        """While no model runs: from then on each finds its tensors where they are."""
+
+        def work() -> None:
+            self._mover.move(self._device.region, moves)
+            self._mover.finish()
+            moved()
+            for model, weights in self._weights.items():
+                weights.views = self._views(self._anatomies[model])
+
+        self._standstill(work)
 
     def _settle(self, model: ModelId, anatomy: _Anatomy | None = None) -> None:
         """After every change, and every one that failed."""
@@ -274,11 +311,31 @@ class BlockStore:
 
 
 def _reads(
-    tier: Tier[HostSlab] | Tier[Slab],
+    tier: Tier[HostRegion] | Tier[Region],
     missing: Iterable[tuple[Key, Place]],
     anatomy: _Anatomy,
-) -> Iterable[Read]:
+) -> Iterator[Read]:
     for key, place in missing:
         if place.nbytes:
             block = anatomy.blocks[key]
-            yield Read(block.offset, block.nbytes, tier.slab_of(place), place)
+            yield Read(block.offset, block.nbytes, tier.region, place)
+
+
+def _lots(
+    keys: Iterable[Key], anatomy: _Anatomy, room: int
+) -> Iterator[list[tuple[Key, int, int]]]:
+    """Of each block where a part begins and how long it is, in lots of about `room` bytes."""
+    lot: list[tuple[Key, int, int]] = []
+    left = room
+    for key in keys:
+        nbytes, done = anatomy.sizes[key], 0
+        while done < nbytes:
+            count = min(nbytes - done, left)
+            lot.append((key, done, count))
+            done += count
+            left -= aligned(count)
+            if left <= 0:
+                yield lot
+                lot, left = [], room
+    if lot:
+        yield lot

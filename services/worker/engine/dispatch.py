@@ -101,13 +101,16 @@ class Dispatcher:
     # --- from other threads
 
     def call(self, function: Callable[[], T]) -> T:
-        """Runs `function`, which raises nothing, on the dispatch thread after the batches that
-        it has read, with none of them on the device any more, and returns its result."""
+        """Runs `function` on the dispatch thread after the batches that it has read, with none
+        of them on the device any more, and returns its result. Raises what it raises."""
         future: Future[T] = Future()
 
         def run() -> None:
             self._lanes.wait()
-            future.set_result(function())
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001 — told to whoever asked
+                future.set_exception(error)
 
         self._work.append(run)
         self._channel.wake()

@@ -65,7 +65,7 @@ class Loader:
         self._send = send
         self._work: queue.SimpleQueue[Command | Callable[[], None] | None] = queue.SimpleQueue()
         self._residency: Residency[Load] = Residency(
-            device, budget_bytes, host_bytes, self._unrest, share=share
+            device, budget_bytes, host_bytes, self._unrest, dispatcher.call, share=share
         )
         self._grapher = Grapher(self._work.put)
         self._warmer = Warmer(device, dispatcher)
@@ -208,7 +208,7 @@ class Loader:
         )
         try:
             load.executor = TorchScriptExecutor(
-                skeleton, placed.views, manifest, self._device.torch_device
+                skeleton, placed.weights, manifest, self._device.torch_device
             )
         except Unshareable:  # the layout was not true of this file
             load.alone = True

@@ -59,6 +59,10 @@ class Device(Protocol):
     def healthy(self) -> bool:
         """False when the device's context is lost for the life of this process."""
 
+    def outside_torch(self, nbytes: int) -> None:
+        """So many bytes more (or fewer) are taken, or are about to be, that torch's allocator
+        does not know of: it has to leave them."""
+
 
 @contextlib.contextmanager
 def _interpreter_settings() -> Iterator[None]:
@@ -125,6 +129,9 @@ class CpuDevice:
     def healthy(self) -> bool:
         return True
 
+    def outside_torch(self, nbytes: int) -> None:
+        pass
+
 
 class CudaDevice:
     """One CUDA device, which torch may fill up to `budget_bytes`."""
@@ -145,9 +152,9 @@ class CudaDevice:
         free, self.capacity_bytes = torch.cuda.mem_get_info(self.torch_device)
         # All that is taken by now: alone on its device, that is this process' context.
         self.base_bytes = self.capacity_bytes - free - self._reserved()
-        # Beyond the budget torch raises an error that a batch can recover from.
-        share = min(budget_bytes / self.capacity_bytes, 1.0)
-        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+        self._budget_bytes = budget_bytes
+        self._outside_torch = 0
+        self.outside_torch(0)
         self._before = 0
 
     def enter_thread(self) -> None:
@@ -174,7 +181,16 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
     def used_bytes(self) -> int:
-        return self.base_bytes + self._reserved()
+        return self.base_bytes + self._reserved() + self._outside_torch
+
+    def outside_torch(self, nbytes: int) -> None:
+        self._outside_torch += nbytes
+        left = max(self._budget_bytes - self._outside_torch, 0)
+        if nbytes > 0 and self._reserved() > left:
+            torch.cuda.empty_cache()
+        # Beyond the budget torch raises an error that a batch can recover from.
+        share = min(left / self.capacity_bytes, 1.0)
+        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
 
     def _reserved(self) -> int:
         return int(torch.cuda.memory_reserved(self.torch_device))

@@ -34,6 +34,7 @@ from services.worker.engine.torchscript import (
     evaluate,
     forward_of,
 )
+from services.worker.engine.views import Weights
 from shared.layout import Layout
 from shared.models import Manifest
 
@@ -140,14 +141,14 @@ class TorchScriptExecutor:
     def __init__(
         self,
         skeleton: Skeleton,
-        views: Iterable[torch.Tensor],
+        weights: Weights,
         manifest: Manifest,
         device: torch.device,
     ) -> None:
-        """`views` are in the order of the layout's slots. Raises `Unshareable` when they do not
+        """`weights` may be moved while this is not running. Raises `Unshareable` when they do not
         suit the skeleton."""
-        self._views = tuple(views)
-        skeleton.check(self._views)
+        self._weights = weights
+        skeleton.check(weights.views)
         self._skeleton = skeleton
         self._inputs = Inputs(skeleton.schema, manifest.inputs, device)
 
@@ -157,7 +158,7 @@ class TorchScriptExecutor:
 
     def run(self, inputs: Sequence[tuple[str, Value]]) -> object:
         arguments = self._inputs.arguments(inputs)
-        self._skeleton.point(self._views)
+        self._skeleton.point(self._weights.views)
         return self._skeleton.run(arguments)
 
     def weights_bytes(self, granule: int) -> int:
@@ -167,8 +168,8 @@ class TorchScriptExecutor:
 
     def close(self) -> None:
         """Lets go of the weights. The skeleton stays."""
-        self._skeleton.detach(self._views)
-        self._views = ()
+        self._skeleton.detach(self._weights.views)
+        self._weights = Weights(())
 
 
 class WholeExecutor:

@@ -3,7 +3,7 @@ The copier's thread owns it; any thread may ask for `memory`."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Final, Generic, TypeVar
 
 from services.worker.engine.architectures import Architecture, Architectures
@@ -28,20 +28,32 @@ class Residency(Generic[L]):
     that were loaded whole, programs' constants, and what batches need. The store reserves no
     more than those leave.
 
-    Modules are weighed against the blocks and not against the store's slabs, as the agent does
-    it. So where slabs are half empty the device may be asked for more than the budget; it is
-    its allocator that refuses then, which a load survives.
+    Modules are weighed against the blocks and not against what is backed for them, as the agent
+    does it. So beside holes that are half a grain the device may be asked for a little more than
+    the budget; it is its allocator that refuses then, which a load survives.
     """
 
     def __init__(
-        self, device: Device, budget_bytes: int, host_bytes: int, unrest: Unrest, *, share: bool
+        self,
+        device: Device,
+        budget_bytes: int,
+        host_bytes: int,
+        unrest: Unrest,
+        standstill: Callable[[Callable[[], None]], None],
+        *,
+        share: bool,
     ) -> None:
+        """`standstill` does some work while no model runs, and returns after it."""
         self.programs: Final[Architectures[L]] = Architectures()
         self._device = device
         self._budget_bytes = budget_bytes
         self._unrest = unrest
         self._store = BlockStore(
-            device, device_bytes=budget_bytes, host_bytes=host_bytes, share=share
+            device,
+            device_bytes=budget_bytes,
+            host_bytes=host_bytes,
+            share=share,
+            standstill=standstill,
         )
         self._program_of: Final[dict[ModelId, Architecture[L]]] = {}
         """Of each model that is in the store."""

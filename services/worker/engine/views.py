@@ -11,8 +11,20 @@ from services.worker.engine.failures import Failed
 from shared.layout import Layout, Slot
 
 
+class Weights:
+    """A model's tensors where they are now. When its blocks are moved, others are put here while
+    it does not run: who runs it asks each time."""
+
+    __slots__ = ("views",)
+
+    def __init__(self, views: tuple[torch.Tensor, ...]) -> None:
+        self.views = views
+        """One per slot of its layout. Not to be kept: the bytes are another's once it was moved
+        or evicted."""
+
+
 class Spot(NamedTuple):
-    """Where a block lies: all of its slab as one flat tensor of a dtype, and its first byte."""
+    """Where a block lies: all of its region as one flat tensor of a dtype, and its first byte."""
 
     typed: Callable[[torch.dtype], torch.Tensor]
     offset: int

@@ -13,6 +13,7 @@ from torch import nn
 from services.worker.engine.files import ScatteredFile
 from services.worker.engine.importing import read_storages
 from services.worker.engine.programs import Skeleton, TorchScriptExecutor, WholeExecutor
+from services.worker.engine.views import Weights
 from shared.layout import Extent, Layout
 from shared.layout.records import Record
 from shared.layout.torchscript import read_layout
@@ -76,7 +77,7 @@ def skeleton_of(path: Path) -> Skeleton:
 
 
 def executor_of(skeleton: Skeleton, path: Path) -> TorchScriptExecutor:
-    return TorchScriptExecutor(skeleton, views_of(path, read_layout(path)), MANIFEST, CPU)
+    return TorchScriptExecutor(skeleton, Weights(views_of(path, read_layout(path))), MANIFEST, CPU)
 
 
 def whole_of(path: Path) -> WholeExecutor:

@@ -366,6 +366,18 @@ def test_what_may_be_kept_is_copied(rig, may_write, kept):
     assert seen[0].tolist() == [kept] * 4
 
 
+def test_a_call_that_fails_fails_for_its_caller_alone(rig):
+    """Who asked is told why, and the thread goes on."""
+
+    def work():
+        raise MemoryError("no room")
+
+    rig.start()
+    with pytest.raises(MemoryError, match="no room"):
+        rig.dispatcher.call(work)
+    assert rig.dispatcher.call(lambda: 7) == 7
+
+
 def test_a_call_leaves_nothing_behind(rig):
     """What a warm-up ran with is gone although no batch follows it."""
     gone = threading.Event()

@@ -8,18 +8,21 @@ torch = pytest.importorskip("torch")
 from torch import Tensor, nn  # noqa: E402
 
 from services.worker.engine.bare import Unshareable, move_constants  # noqa: E402
+from services.worker.engine.blocks import BlockStore  # noqa: E402
 from services.worker.engine.failures import Failed  # noqa: E402
 from services.worker.engine.importing import (  # noqa: E402
     import_program,
     read_storages,
     take_apart,
 )
+from services.worker.engine.memory import CpuDevice  # noqa: E402
 from services.worker.engine.programs import (  # noqa: E402
     Skeleton,
     TorchScriptExecutor,
     WholeExecutor,
 )
-from shared.layout import Layout, Slot  # noqa: E402
+from services.worker.engine.views import Weights  # noqa: E402
+from shared.layout import Block, Layout, Slot  # noqa: E402
 from shared.layout.torchscript import read_layout  # noqa: E402
 from tests.property import skeleton_models as family  # noqa: E402
 from tests.unit.engine import engine_models as models  # noqa: E402
@@ -116,7 +119,7 @@ def test_views_of_another_kind_are_refused(path, change):
     """Too few, of another datatype, shape, order in memory, or on another device."""
     views = change(harness.views_of(path, read_layout(path)))
     with pytest.raises(Unshareable):
-        TorchScriptExecutor(harness.skeleton_of(path), views, harness.MANIFEST, CPU)
+        TorchScriptExecutor(harness.skeleton_of(path), Weights(tuple(views)), harness.MANIFEST, CPU)
 
 
 def test_views_may_be_made_in_inference_mode(path):
@@ -148,16 +151,44 @@ def test_a_result_stays_what_it_is_when_another_model_runs(tmp_path):
         assert harness.same_bits(harness.copied(result), kept)
 
 
+def test_a_model_that_was_moved_computes_the_same(tmp_path):
+    """Others came and went, and its tensors are where they were not; it was told nothing."""
+    base, kib = family.MODELS["tied"], 1024
+    files = [
+        harness.scripted(harness.randomized(family.Tied(), seed), tmp_path / f"{seed}.pt")
+        for seed in range(3)
+    ]
+    layouts = [read_layout(file) for file in files]
+    nbytes = layouts[0].weights_bytes
+    kept = BlockStore(CpuDevice(), device_bytes=3 * nbytes, host_bytes=0, grain=4 * kib)
+    skeleton, executors = harness.skeleton_of(files[0]), []
+    for seed, (file, layout) in enumerate(zip(files, layouts, strict=True)):
+        placed = kept.place(str(seed), layout, harness.open_file(file), keep_host=False)
+        executors.append(TorchScriptExecutor(skeleton, placed.weights, harness.MANIFEST, CPU))
+    values = base.example()
+    wanted = harness.run(executors[1], values)
+    before = executors[1]._weights.views[0].data_ptr()
+    for gone in (0, 2):
+        executors[gone].close()
+        kept.evict(str(gone), "device")
+    large = tmp_path / "large"
+    large.write_bytes(b"x" * 2 * nbytes)
+    layout = Layout(blocks=(Block(b"large", 0, 2 * nbytes),))
+    kept.place("large", layout, harness.open_file(large), keep_host=False)
+    assert executors[1]._weights.views[0].data_ptr() != before
+    assert harness.same_bits(wanted, harness.run(executors[1], values))
+
+
 def test_detaching_others_leaves_a_model_in_place(path):
     """An eviction beside a running model changes nothing for it."""
     skeleton = harness.skeleton_of(path)
     executor, other = (harness.executor_of(skeleton, path) for _ in range(2))
     values = family.MODELS["tied"].example()
     wanted = harness.run(executor, values)
-    skeleton.detach(other._views)
+    skeleton.detach(other._weights.views)
     assert all(
         a.data_ptr() == b.data_ptr()
-        for a, b in zip(executor._views, skeleton._tensors, strict=True)
+        for a, b in zip(executor._weights.views, skeleton._tensors, strict=True)
     )
     other.close()
     assert harness.same_bits(wanted, harness.run(executor, values))
@@ -260,7 +291,7 @@ def test_a_gpu_gives_the_bits_that_a_plain_load_gives_there(name, tmp_path):
     if not model.whole:
         skeleton = Skeleton.load(harness.open_file(path), layout, device)
         views = tuple(view.to(device) for view in harness.views_of(path, layout))
-        executors.append(TorchScriptExecutor(skeleton, views, harness.MANIFEST, device))
+        executors.append(TorchScriptExecutor(skeleton, Weights(views), harness.MANIFEST, device))
     values = model.example()
     with torch.inference_mode(), torch.jit.optimized_execution(should_optimize=False):
         wanted = plain(*(value.to(device) for value in values)).cpu()

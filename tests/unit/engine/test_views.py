@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from services.worker.engine.failures import Failed  # noqa: E402
-from services.worker.engine.slabs import HostSlab  # noqa: E402
+from services.worker.engine.regions import HostRegion  # noqa: E402
 from services.worker.engine.views import Spot, check, views  # noqa: E402
 from shared.layout import Block, Layout, Slot  # noqa: E402
 
@@ -72,11 +72,11 @@ def test_a_block_of_less_than_nothing_is_refused():
 )
 def test_a_view_shows_what_torch_would_show(dtype, start, shape, stride):
     """Transposed, strided, expanded, scalar and empty tensors of every width."""
-    slab = HostSlab(2048)
-    slab.typed(torch.uint8).copy_(torch.arange(2048) % 2)
+    region = HostRegion.whole(2048)
+    region.typed(torch.uint8).copy_(torch.arange(2048) % 2)
     tested = layout(slot(dtype, start, shape, stride))
-    (view,) = views(tested, check(tested), [Spot(slab.typed, 1024)])
-    block = slab.typed(torch.uint8)[1024 : 1024 + 48].clone()
+    (view,) = views(tested, check(tested), [Spot(region.typed, 1024)])
+    block = region.typed(torch.uint8)[1024 : 1024 + 48].clone()
     expected = block.view(getattr(torch, dtype)).as_strided(shape, stride, start)
     assert torch.equal(view, expected)
     assert view.dtype == expected.dtype
