@@ -13,11 +13,12 @@ import structlog
 
 from services.worker import devices, wire
 from services.worker.agent import Agent
-from services.worker.config import WorkerConfig
+from services.worker.config import WorkerConfig, parse_labels
 from services.worker.consume import Consumers
 from services.worker.core.events import EngineStarted
 from services.worker.core.worker import WorkerCore
 from services.worker.follow import Follower
+from services.worker.hangups import Hangups
 from services.worker.hostmemory import available_bytes
 from services.worker.http import Readiness, serving
 from services.worker.launch import Launch, launcher
@@ -50,7 +51,8 @@ async def run(
     on_ready: Callable[[str], None] | None = None,
     launch: Launch | None = None,
 ) -> None:
-    """Serves models until `stop` is set, then finishes what runs, gives the rest back, returns.
+    """Serves models until `stop` is set or the placer lets the worker go, then finishes what
+    runs, gives the rest back, returns.
 
     `on_ready` gets the worker's id once a report with a running engine is out. Broker and
     store are opened from the configuration unless handed in, and are started and closed here
@@ -79,6 +81,7 @@ async def run(
     readiness = Readiness(broker, config.report_ttl_s)
     teller = Teller(core, worker, uuid.uuid4().hex, budget, metrics, on_ready)
     teller.host_budget_bytes = host_bytes
+    teller.labels = parse_labels(config.labels)
 
     def engine_started(started: wire.EngineStarted, pid: int) -> None:
         # The agent's sum is of models: the engine's own share is not theirs to fill.
@@ -123,6 +126,7 @@ async def run(
     agent.replier = Replier(broker, agent.settled, metrics, timeout_s=config.publish_timeout_s)
     agent.consumers = Consumers(broker, agent.items, agent.spec_of, agent.tell)
     follower = Follower(store, worker, agent.tell)
+    hangups = Hangups(store, agent.items.cancelled)
     log.info("worker_starting", worker=worker, device=device, budget_bytes=budget)
 
     async def start_store() -> None:
@@ -135,7 +139,8 @@ async def run(
         # Beside the engine's start, which takes as long.
         await asyncio.gather(broker.start(), start_store())
         async with asyncio.TaskGroup() as group:
-            for task in (follower.listen, follower.follow, agent.reporter.run):
+            controls = (follower.listen, follower.follow, agent.reporter.run, hangups.listen)
+            for task in controls:
                 group.create_task(guard(task, task.__qualname__), name=task.__qualname__)
 
     try:
@@ -149,7 +154,7 @@ async def run(
                     group.create_task(guard(agent.runtime.run, "engine"), name="engine"),
                     group.create_task(guard(keep_connected, "control"), name="control"),
                 ]
-                await stop.wait()
+                await _asked_to_end(stop, agent)
                 await _leave(config, agent, store, worker, tasks[2])
                 for task in tasks:
                     task.cancel()
@@ -157,6 +162,16 @@ async def run(
         await broker.close()
         await store.close()
         log.info("worker_stopped", worker=worker)
+
+
+async def _asked_to_end(stop: asyncio.Event, agent: Agent) -> None:
+    """Until `stop` is set, or the placer said to drain and nothing is held any more."""
+    waits = [asyncio.create_task(event.wait()) for event in (stop, agent.emptied)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def host_budget(config: WorkerConfig, device: str, budget_bytes: int, workers: int) -> int:

@@ -11,12 +11,18 @@ from shared.units import parse_bytes
 
 _DEVICE = re.compile(r"(auto|cpu|cuda(:[0-9]{1,3})?)\Z")
 _WORKER = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}\Z")
+_VALUE = re.compile(r"[A-Za-z0-9._:-]{0,128}\Z")
+_OWN_LABELS = ("worker", "host", "device_kind")
 
 
 class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
     worker_id: str = ""
     """Names the worker in reports and assignments, and must differ between workers. Empty: the
     host's name and something random, new at each start."""
+    labels: str = ""
+    """What models' `placement` may ask for, as `zone=a,gpu=t4`; `worker`, `host` and
+    `device_kind` are there by themselves."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:<n>`; `auto` takes the first GPU where there is one, else the CPU."""
     budget_bytes: int | str = 0
@@ -91,6 +97,8 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
         if not 0 < self.report_interval_s < self.report_ttl_s:
             raise ConfigError("ROOST_WORKER_REPORT_INTERVAL_S must be below ..._REPORT_TTL_S")
 
+        parse_labels(self.labels)
+
     @property
     def cache(self) -> str:
         return self.cache_dir or f"{self.data_dir}/cache"
@@ -101,3 +109,20 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
             return self.worker_id
         host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:50]
         return f"{host or 'worker'}-{uuid.uuid4().hex[:8]}"
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    """`a=b,c=d` as a dict. Raises `ConfigError`."""
+    labels: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not _LABEL.match(name) or not _VALUE.match(value):
+            raise ConfigError(
+                f"ROOST_WORKER_LABELS: {part!r} is not NAME=VALUE (of A-Z a-z 0-9 . _ - and, in "
+                "names / or, in values :)"
+            )
+        if name in _OWN_LABELS or name in labels:
+            whose = "the worker's own" if name in _OWN_LABELS else "given twice"
+            raise ConfigError(f"ROOST_WORKER_LABELS: the label {name!r} is {whose}")
+        labels[name] = value
+    return labels

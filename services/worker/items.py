@@ -15,6 +15,7 @@ from typing import Final
 from services.worker.columns import length_of
 from services.worker.core.events import Fault, Item, ItemArrived, Kind
 from shared.broker.port import Delivery, Message
+from shared.cancels import CancelledRequests
 from shared.errors import InvalidRequest, RoostError
 from shared.models import ModelSpec, Padding
 from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId, reply_to_allowed
@@ -51,6 +52,8 @@ class Items:
     """What is held, by the core's number for it."""
 
     def __init__(self) -> None:
+        self.cancelled = CancelledRequests()
+        """Told by the gateways; what is in it is refused on arrival."""
         self._held: dict[int, Held] = {}
         self._numbers: Iterator[int] = itertools.count(1)
 
@@ -100,6 +103,8 @@ class Items:
             fault = Fault("invalid_argument", "a request needs a correlation_id")
         if fault is None and deadline is not None and deadline <= now:
             fault = Fault("deadline_exceeded", "its deadline had passed when it arrived")
+        elif fault is None and self.cancelled and message.correlation_id in self.cancelled:
+            fault = Fault("deadline_exceeded", "its client had hung up when it arrived")
         item = Item(
             item=next(self._numbers),
             model=model,

@@ -78,6 +78,8 @@ class ModelQueue:
         """Rows of a batch, by its size, where the device ran out of memory with more."""
         self._ran_well: dict[int, int] = {}
         self._entries: list[Entry] = []
+        self._rows = 0
+        """Of all of them."""
         self._expiry = _INF
         self._ripe: float | None = None
         """When the head need not wait for company any longer; None: to be found out."""
@@ -110,12 +112,14 @@ class ModelQueue:
     def put_back(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             insort(self._entries, entry, key=_due)
+            self._rows += entry.item.rows
             self._expiry = min(self._expiry, entry.deadline)
         self._ripe = None
 
     def remove(self, entries: Iterable[Entry]) -> None:
         gone = set(map(id, entries))
         self._entries = [entry for entry in self._entries if id(entry) not in gone]
+        self._rows = sum(entry.item.rows for entry in self._entries)
         self._ripe = None
 
     def expire(self, now: float) -> list[Entry]:
@@ -181,6 +185,12 @@ class ModelQueue:
         )
 
     # --- batches --------------------------------------------------------------------------
+
+    def may_fill(self) -> bool:
+        """False when what `form` makes cannot be full: too few rows wait. It costs no forming."""
+        head = self.head
+        single = not self.batches or head.alone or head.suspect
+        return single or self._rows >= self._goal(head)
 
     def form(self, now: float, ahead_s: float, estimate: Estimate, max_bytes: int) -> Formed:
         """The most urgent item and all that fit beside it: in rows, in bytes, in kind, and

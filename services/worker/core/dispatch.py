@@ -191,10 +191,12 @@ class Dispatch:
         known, queue = self._state.get(model), self._queues[model]
         if queue.head.suspect and (self._running or self._state.loading()):
             return None  # first let the others end, so that it is alone
+        early = ahead > EAGER_S or len(self._running) > 1
+        if early and not queue.may_fill():
+            return None
         room = self._max_bytes - sum(batch.nbytes for batch in self._running.values())
         estimate = known.measured.times.estimate
         formed = queue.form(now, ahead, estimate, max(room, 0))
-        early = ahead > EAGER_S or len(self._running) > 1
         if self._running and (formed.nbytes > room or (early and not formed.full)):
             return None
         entries, rows, nbytes, size, _ = formed
@@ -222,35 +224,43 @@ class Dispatch:
         which nothing is known may take any time: nothing is queued behind it."""
         if not self._running:
             return 0.0
-        if any(batch.expected_s <= 0 for batch in self._running.values()):
-            return float("inf")
-        first, *rest = self._running.values()
-        left = first.expected_s - (now - self._began)
-        if left < 0 and rest:
-            return float("inf")  # it takes longer than it should: who knows how much longer
-        return max(left, 0.0) + sum(batch.expected_s for batch in rest)
+        ahead, first = 0.0, True
+        for batch in self._running.values():
+            expected = batch.expected_s
+            if expected <= 0:
+                return float("inf")
+            if first:
+                expected -= now - self._began
+                if expected < 0:
+                    # It takes longer than it should: who knows how much longer.
+                    return 0.0 if len(self._running) == 1 else float("inf")
+                first = False
+            ahead += expected
+        return ahead
 
-    def next_wakeup(self, now: float) -> float | None:
-        """When time alone changes what should be done."""
-        ahead = self._ahead_s(now)
-        first = self._expiry if self._waiting else float("inf")
+    def next_wakeup(self, now: float) -> float:
+        """When time alone changes what should be done; infinite when it does not."""
+        if not self._waiting:
+            return float("inf")
+        ahead, first = self._ahead_s(now), self._expiry
         for name in self._patient & self._waiting.keys():
             if (until := self._company_until(name, now)) > now:
                 first = min(first, until)
-        if self._waiting and 0 < ahead < float("inf"):
+        if 0 < ahead < float("inf"):
             # Then a full batch may go, and later one that is not full.
             in_s = ahead - AHEAD_S if ahead > AHEAD_S else ahead - EAGER_S
             if in_s > _INSTANT_S:  # less than rounding would wake up for nothing, again and again
                 first = min(first, now + in_s)
-        return first if first < float("inf") else None
+        return first
 
-    def batch_due(self, timeout_s: float) -> tuple[float, str] | None:
-        """When the batch that runs has taken too long, and what is to be said then."""
-        first = next(iter(self._running.values()), None)
-        if first is None:
+    def batch_due(self, timeout_s: float) -> tuple[float, ModelId, float] | None:
+        """When the batch that runs has taken too long, of which model it is, and how long that
+        is."""
+        if not self._running:
             return None
+        first = next(iter(self._running.values()))
         limit = max(timeout_s, OVERDUE * first.expected_s)
-        return self._began + limit, f"a batch of {first.model} was running for {limit:g} s"
+        return self._began + limit, first.model, limit
 
     # --- back -----------------------------------------------------------------------------
 

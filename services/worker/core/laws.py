@@ -16,6 +16,7 @@ def check(state: WorkerState) -> None:
     assert state.overrun or not state.device.over or not state.engine_up, state
     assert not state.host.over or not state.engine_up, state
     assert len(loading) <= state.max_loading, state
+    assert state.incomplete or not state.kept_out, state
     suspect = any(model.suspect for model in loading)
     assert not suspect or len(loading) == 1, state
     models = list(state.models.values())

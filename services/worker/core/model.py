@@ -26,6 +26,8 @@ MAX_DEATHS = 2
 MAX_BURIED = 2
 """Buried items of one model before it is kept from engines itself. One may be the request's own
 fault; at two it is the model's, and each has cost all its neighbours two reloads."""
+_FARNESS = 10.0
+"""Of the disk, until it is measured: a guess, since a copy that is needed again costs much less."""
 _RETRY_S = 2.0
 _RETRY_CAP_S = 300.0
 
@@ -137,6 +139,15 @@ class Model:
         """What bringing it onto the device is expected to take from where it is; 0: not known."""
         in_host = self.stage != "ready" and self.copy == "held"
         return self.measured.swap_seconds if in_host else self.measured.load_seconds
+
+    @property
+    def farness(self) -> float:
+        """Times as long as a copy from the host's memory that it takes to come back to the device
+        once it has left: 1 with a copy there."""
+        if self.copy == "held":
+            return 1.0
+        swap_s, load_s = self.measured.swap_seconds, self.measured.load_seconds
+        return max(load_s / swap_s, 1.0) if swap_s and load_s else _FARNESS
 
     @property
     def quarantined(self) -> str | None:

@@ -2,6 +2,9 @@
 host's memory, from where it is swapped in (swaps.py).
 
 Laws, besides those of state.py:
+- What is not served yet comes before what lacks only its copy, each in the placer's order. It
+  gets the next load that ends, whatever is asked of others (`WorkerState.kept_out`): so nothing
+  that can be admitted stays outside because others come and go.
 - What comes from the disk leaves a copy in the host's memory where there is room for it, so that
   it is back in the time of a copy once it had to leave the device.
 - What was brought in once comes onto the device again only when it is asked for: for want of a
@@ -33,7 +36,7 @@ def place(
     slots: int,
 ) -> list[Action]:
     """Towards having every wanted model where it should be, with at most `slots` loads under
-    way. Called after whatever changed that, and at `next_retry`."""
+    way for what is served already. Called after whatever changed that, and at `next_retry`."""
     if not state.engine_up or state.condemned:
         return []
     # 1. What is wanted and not known is fetched, whatever the room: that costs no device.
@@ -41,10 +44,12 @@ def place(
     actions: list[Action] = [state.fetch(model) for model in unknown]
     # 2. What was measured too large gives way first.
     if state.overrun:
-        actions += shrink(state, watch)
-    # 3. Then the wanted ones come in, in the placer's order, as there is room.
-    for model in state.waiting(now):
-        if not may_load or not state.may_load(slots):
+        actions += shrink(state, watch, now)
+    # 3. Then the wanted ones come in as there is room: first what is not served yet.
+    state.kept_out = False
+    for model in sorted(state.waiting(now), key=_is_served):
+        if not may_load or not state.may_load(slots if model.served else state.max_loading):
+            state.kept_out = may_load and not model.served
             break
         if model.refused_at == state.claims.version:
             continue
@@ -82,7 +87,7 @@ def _bring(state: WorkerState, model: Model, now: float, watch: Watch) -> list[A
     if not state.swapping:
         return None  # what is unbound now still finishes its items
     if model.pinned:
-        victims = make_way(state, model.footprint, watch, -inf)
+        victims = make_way(state, model.footprint, watch, -inf, now)
         return None if victims is None else load_to_device(state, model, victims, now)
     # Room that is being given up by what nobody wants any more is worth coming back for.
     unwanted = [m.id for m in state.ready() if m.id not in state.wanted]
@@ -93,3 +98,7 @@ def _bring(state: WorkerState, model: Model, now: float, watch: Watch) -> list[A
     if model.copy != "going":
         model.served, model.error = True, None
     return []
+
+
+def _is_served(model: Model) -> bool:
+    return model.served

@@ -59,6 +59,8 @@ class WorkerState:
         taken for what hung."""
         self.incomplete = False
         """Something wanted is not where it should be."""
+        self.kept_out = False
+        """Something wanted is not served since so much else is on its way: it is next."""
         self.wanted: dict[ModelId, None] = {}
         self.models: dict[ModelId, Model] = {}
         self.leaving: set[ModelId] = set()
@@ -247,14 +249,17 @@ class WorkerState:
             model.served, model.eager = model.admitted, False
             model.try_later(now)
             return [*actions, TellPlacer(f"{model.id} has no copy: {fact.message}")]
-        actions += self._failed(model, fact.message, now)
-        idle = self.idle()
-        if self.swapping:
-            idle += sorted((m for m in self.ready() if self.may_swap_out(m)), key=by_last_use)
-        if fact.code == "resource_exhausted" and model.target == "device" and idle:
-            # The device has less room than the sum says: make some before trying again.
-            actions.append(self.evict(idle[0]))
-        return actions
+        if fact.code == "resource_exhausted" and model.target == "device":
+            # The device has less room than the sum says: somebody more makes room, and it is
+            # tried again at once, as often as there is somebody.
+            idle = self.idle()
+            if self.swapping:
+                idle += sorted((m for m in self.ready() if self.may_swap_out(m)), key=by_last_use)
+            if idle:
+                self.incomplete = True
+                told = f"{model.id} found no room, {idle[0].id} leaves: {fact.message}"
+                return [*actions, self.evict(idle[0]), TellPlacer(told)]
+        return [*actions, *self._failed(model, fact.message, now)]
 
     def evicted(self, fact: ModelEvicted) -> None:
         model = self.get(fact.model)
@@ -320,13 +325,9 @@ class WorkerState:
         times = [m.retry_at for m in map(self.get, self.wanted) if m.is_due]
         return min((at for at in times if at > now), default=None)
 
-    def load_due(self, timeout_s: float) -> tuple[float, str] | None:
-        """When the first of the loads under way has taken too long, and what is to be said then.
-        The others may still wait for it."""
-        oldest = next(iter(self._loading.values()), None)
-        if oldest is None:
-            return None
-        return oldest.load_began + timeout_s, f"{oldest.id} was loading for {timeout_s:g} s"
+    def oldest_load(self) -> Model | None:
+        """Of those under way, the one that was told of first: the others may wait for it."""
+        return next(iter(self._loading.values()), None)
 
     def forget(self) -> list[ModelId]:
         """Drops the models that nothing hangs on any more."""

@@ -6,7 +6,8 @@ Laws:
 - It takes the place of what has nothing to do; else of what is due only after the newcomer could
   have run. That gets no more batches, and leaves when those under way have ended.
 - So nothing starves: what arrives later than an item was due is due later, and makes room for it.
-- Several are on their way at once, so that copies follow each other without a pause.
+- Several are on their way at once, so that copies follow each other without a pause; one fewer
+  while something that is not served yet waits for that (placing.py).
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ def swap_in(
 ) -> list[Action]:
     """As many of the missing as can come now."""
     actions: list[Action] = []
+    slots = state.max_loading - state.kept_out
     for due, model in missing:
-        if not state.may_load(state.max_loading):
+        if not state.may_load(slots):
             break
         refusal = state.claims.admit(model)
         if refusal is not None:
             actions += state.claims.refuse(model, refusal)
             continue
-        victims = make_way(state, model.footprint, watch, due + model.seconds_to_come)
+        victims = make_way(state, model.footprint, watch, due + model.seconds_to_come, now)
         if victims is None:
             break
         if model.suspect and (batches_running or state.loading()):

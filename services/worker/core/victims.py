@@ -1,10 +1,11 @@
 """Who makes room, on the device and in the host's memory. Laws, besides those of state.py:
 
 - Off the device goes first what nobody wants and nothing hangs on; then, with a host tier, what
-  has nothing to do, the least recently used first; then what was chosen before, as long as it may
-  leave: of several that are always busy each would else get batches while another one waits for
-  its end; then what is due last. What has just come in for an item stays until it had its batch:
-  so nothing goes to and fro for nothing.
+  has nothing to do, the least recently used first (and what has no copy only after a time as many
+  times longer as the disk is slower: else each swap throws away what the next one must read); then
+  what was chosen before, as long as it may leave: of several that are always busy each would else
+  get batches while another one waits for its end; then what is due last. What has just come in for
+  an item stays until it had its batch: so nothing goes to and fro for nothing.
 - Copies in the host's memory make room for copies: of what nobody wants first those that stand
   on the device as well, since nothing is lost by them now, and of these the most recently used
   first, since that stays on the device longest; then the least recently used of the others.
@@ -15,6 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import inf
 from typing import NamedTuple
 
@@ -24,6 +26,8 @@ from services.worker.core.state import WorkerState
 from shared.fit import fit
 from shared.models import Footprint
 from shared.names import ModelId
+
+_INSTANT_S = 1e-6
 
 
 class Activity(NamedTuple):
@@ -42,7 +46,7 @@ class Activity(NamedTuple):
 Watch = Callable[[Model], Activity]
 
 
-def leavers(state: WorkerState, watch: Watch, due_after: float) -> Iterator[ModelId]:
+def leavers(state: WorkerState, watch: Watch, due_after: float, now: float) -> Iterator[ModelId]:
     """What may leave the device for something that is due at `due_after`, first what is missed
     least. What has a batch under way is among them: it can leave when that has ended."""
     forgotten: list[Model] = []
@@ -62,16 +66,23 @@ def leavers(state: WorkerState, watch: Watch, due_after: float) -> Iterator[Mode
         else:
             resting.append(model)
     yield from (model.id for model in sorted(forgotten, key=by_last_use))
-    yield from (model.id for model in sorted(resting, key=by_last_use))
+    by_regret = partial(_regret, now=now)
+    yield from (model.id for model in sorted(resting, key=by_regret))
     yield from (name for *_, name in sorted(busy))
 
 
+def _regret(model: Model, now: float) -> tuple[float, float, ModelId]:
+    """How much it is missed, over what one with a copy that was just used would be: by how often
+    it is asked, for which the time since it was used stands, and what bringing it back takes."""
+    return model.farness / max(now - model.last_used, _INSTANT_S), model.last_used, model.id
+
+
 def make_way(
-    state: WorkerState, newcomer: Footprint | None, watch: Watch, due_after: float
+    state: WorkerState, newcomer: Footprint | None, watch: Watch, due_after: float, now: float
 ) -> list[ModelId] | None:
     """Who is to be evicted now so that the newcomer fits (for None: so that the rest does). None
     when it cannot have its room now; those that have to leave for it get no more batches."""
-    victims = state.device.victims(newcomer, leavers(state, watch, due_after))
+    victims = state.device.victims(newcomer, leavers(state, watch, due_after, now))
     if victims is None:
         return None
     if any(watch(state.get(name)).running for name in victims):
@@ -102,13 +113,13 @@ def make_way_for_copy(
     return [state.drop_copy(state.get(victim)) for victim in victims]
 
 
-def shrink(state: WorkerState, watch: Watch) -> list[Action]:
+def shrink(state: WorkerState, watch: Watch, now: float) -> list[Action]:
     """Makes the device fit its budget again after a measurement: last of all goes what is wanted
     and has no consumer yet, and says so."""
     fresh = [m.id for m in reversed(state.ready()) if not m.consumers and not m.unanswered]
-    victims = make_way(state, None, watch, -inf)
+    victims = make_way(state, None, watch, -inf, now)
     if victims is None and not state.leaving:
-        candidates = dict.fromkeys([*leavers(state, watch, -inf), *fresh])
+        candidates = dict.fromkeys([*leavers(state, watch, -inf, now), *fresh])
         at_once = [name for name in candidates if not watch(state.get(name)).running]
         victims = state.device.victims(None, at_once)
         victims = at_once if victims is None else victims

@@ -9,6 +9,7 @@ Models (state.py), subscriptions (consumers.py) and batches (dispatch.py) meet h
 
 from __future__ import annotations
 
+from math import inf
 from typing import assert_never
 
 from services.worker.core.batch import Entry
@@ -35,7 +36,6 @@ from services.worker.core.events import (
     ItemArrived,
     ItemSettled,
     KeepProfile,
-    KillEngine,
     LoadFailed,
     ModelEvicted,
     ModelFetched,
@@ -48,6 +48,7 @@ from services.worker.core.held import Held
 from services.worker.core.model import Model
 from services.worker.core.moves import Moves
 from services.worker.core.state import WorkerState
+from services.worker.core.watchdog import Watchdog
 from shared.control import ModelReport
 from shared.models import ModelSpec
 from shared.names import ModelId
@@ -83,8 +84,12 @@ class WorkerCore:
         self.engine_restarts = 0
         self._held = Held(self.state, max_held_bytes)
         self._moves = Moves(self.state, self.dispatch)
-        self._batch_timeout_s = batch_timeout_s
-        self._load_timeout_s = load_timeout_s
+        self._watchdog = Watchdog(
+            self.state,
+            self.dispatch,
+            batch_timeout_s=batch_timeout_s,
+            load_timeout_s=load_timeout_s,
+        )
         self._ending = False
         self._drain = False
         self._batches = 0
@@ -128,7 +133,7 @@ class WorkerCore:
             actions += self._let_go()
         self._held.answered(actions, now)
         # 3. Hand over the batches whose turn it is, unless the engine hangs.
-        actions += self._watch(now)
+        actions += self._watchdog.watch(now)
         actions += self._moves.next_batches(now)
         # 4. Bring what is asked and what is wanted to where it should be; the subscriptions follow.
         retry = self._next_retry is not None and self._next_retry <= now
@@ -152,9 +157,10 @@ class WorkerCore:
 
     def next_wakeup(self, now: float) -> float | None:
         """When `handle` is due even if nothing happens."""
-        times = [self.dispatch.next_wakeup(now), self._next_retry]
-        times += [at for at, _ in self._dues()]
-        return min((at for at in times if at is not None), default=None)
+        at = min(self.dispatch.next_wakeup(now), self._watchdog.due())
+        if self._next_retry is not None:
+            at = min(at, self._next_retry)
+        return at if at < inf else None
 
     def reports(self) -> tuple[ModelReport, ...]:
         """Every model that is wanted, in a tier, consumed or held."""
@@ -328,23 +334,6 @@ class WorkerCore:
         actions = self.dispatch.engine_lost()
         actions += self.state.engine_lost(batch_running=batch_running)
         return [*actions, TellPlacer(f"engine lost: {fact.reason}")]
-
-    def _dues(self) -> list[tuple[float, str]]:
-        """When what the engine does now has taken too long, and why it is killed then."""
-        if self.state.condemned:
-            return []
-        dues = (
-            self.dispatch.batch_due(self._batch_timeout_s),
-            self.state.load_due(self._load_timeout_s),
-        )
-        return [due for due in dues if due is not None]
-
-    def _watch(self, now: float) -> list[Action]:
-        for at, reason in self._dues():
-            if at <= now:
-                self.state.condemned = True
-                return [KillEngine(reason)]
-        return []
 
     # --- towards what is wanted -----------------------------------------------------------
 

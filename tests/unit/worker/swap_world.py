@@ -88,6 +88,9 @@ class SwapWorld:
         self.consumers: dict[ModelId, int] = {}
         self.runs: list[ModelId] = []
         self.log: list[str] = []
+        self.reads = 0
+        """Loads from the disk."""
+        self.loads_ended = 0
         self.done: dict[int, str] = {}
         self.answered_at: dict[int, float] = {}
         self.parked: deque[tuple[ModelId, dict]] = deque()
@@ -158,6 +161,7 @@ class SwapWorld:
         self.now = until
 
     def tell(self, *facts: Fact, check: bool = True) -> None:
+        self.loads_ended += sum(isinstance(fact, ModelLoaded) for fact in facts)
         actions = self.core.handle(list(facts), self.now)
         if check:
             self.core.validate()
@@ -218,6 +222,7 @@ class SwapWorld:
         whole = model.partition("/")[0] in self.whole
         source = "host" if model in self.in_host else "disk"
         took = size * self.copy_s * (10 if source == "disk" else 1)
+        self.reads += source == "disk"
         if action.tier == "device":
             self.log.append(f"+{model}")
             self.on_device.add(model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from services.worker.core.batch import Formed, ModelQueue
 from services.worker.core.events import Item
 from services.worker.core.turns import Turns
@@ -311,3 +314,29 @@ def test_a_model_that_may_not_run_takes_no_turn():
 
 def always(model: ModelId) -> bool:
     return True
+
+
+@given(
+    rows=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    gone=st.sets(st.integers(0, 11)),
+    back=st.booleans(),
+    alone=st.booleans(),
+    spec=st.sampled_from(
+        [{}, {"max_batch_size": 0}, {"preferred_batch_size": (4,)}, {"max_batch_size": 20}]
+    ),
+)
+def test_a_full_batch_is_known_beforehand_to_be_possible(rows, gone, back, alone, spec):
+    """Of a queue that says that nothing full can be made, nothing full is made; and when it may,
+    of equal items without deadlines, it is."""
+    queue = queue_of(*(item(n, rows=count) for n, count in enumerate(rows)), **spec)
+    entries = queue.entries()
+    out = [entry for n, entry in enumerate(entries) if n in gone][: len(entries) - 1]
+    queue.remove(out)
+    if back:
+        for entry in out:
+            entry.alone = alone
+        queue.put_back(out)
+    full = queue.form(0.0, 0.0, free, BIG).full
+    assert queue.may_fill() or not full
+    if set(rows) == {1} and not (back and alone):
+        assert queue.may_fill() == full

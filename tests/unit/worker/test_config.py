@@ -8,7 +8,7 @@ import pytest
 
 from services.worker import devices
 from services.worker.app import host_budget
-from services.worker.config import WorkerConfig
+from services.worker.config import WorkerConfig, parse_labels
 from services.worker.hostmemory import available_bytes
 from services.worker.launch import engine_environment
 from shared.config import ConfigError, load
@@ -84,3 +84,16 @@ def test_a_cpu_stands_for_a_device():
     assert devices.Meter("cpu", "", os.getpid(), 0).models_bytes() > 1 << 20
     assert devices.Meter("cpu", "", os.getpid(), 1 << 60).models_bytes() == 0
     assert devices.Meter("cpu", "", 2**22 + 1, 0).models_bytes() == 0
+
+
+def test_labels_are_read():
+    """`a=b,c=d`, with room for spaces; nothing is no labels."""
+    assert parse_labels("zone=a, nvidia.com/gpu=t4") == {"zone": "a", "nvidia.com/gpu": "t4"}
+    assert parse_labels("") == {}
+
+
+@pytest.mark.parametrize("text", ["zone", "=a", "zone=a,zone=b", "worker=w1", "z one=a", "z=a b"])
+def test_wrong_labels_are_refused(text):
+    """No label is left out in silence, and none passes for what the worker itself says."""
+    with pytest.raises(ConfigError, match="ROOST_WORKER_LABELS"):
+        WorkerConfig(labels=text)

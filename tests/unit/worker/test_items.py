@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from services.worker.items import Items
 from shared.broker.port import Message
+from shared.cancels import Cancelled, encode
 from shared.models import ModelSpec, Padding, TensorSpec
 from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId
 from shared.tensors import from_numpy
@@ -47,6 +48,15 @@ def test_a_request_is_read():
     assert (fact.item.rows, fact.item.nbytes) == (3, len(BODY))
     assert fact.item.kind == (("x", "FP32", (2,)),)
     assert fact.item.deadline is None
+
+
+def test_a_request_whose_client_hung_up_is_refused():
+    """On arrival, so that it costs no device; others are as before."""
+    items = Items()
+    items.cancelled.note(encode([Cancelled("gone", 2_000_000)]), 1_000_000)
+    for id_, refused in (("gone", True), ("1", False)):
+        fact = items.take(Delivery(correlation_id=id_), MODEL, 1, SPEC, now=10.0, wall=1000.0)
+        assert (fact.fault is not None, fact.unanswerable) == (refused, None)
 
 
 def test_deadlines_become_our_clock_s():

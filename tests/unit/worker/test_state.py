@@ -133,8 +133,8 @@ def test_a_model_measured_too_large_goes_again():
     assert "needs 50 bytes, 40 are free" in str(device.state.get(ModelId("b/1")).error)
 
 
-def test_a_failed_load_is_tried_again_later():
-    """With growing pauses, and an idle model goes when the device was fuller than believed."""
+def refused_load(code: str):
+    """b's load, beside a, which nobody wants any more; and what is done about it."""
     device = Device(a=10, b=10)
     device.want("a")
     device.state.assigned([ModelId("b/1")], device.now)
@@ -142,28 +142,52 @@ def test_a_failed_load_is_tried_again_later():
         device.do(action)
     (load,) = device.step()
     assert isinstance(load, LoadModel)
-    failed = LoadFailed(load.model, "resource_exhausted", "out of memory")
+    failed = LoadFailed(load.model, code, "no")
     evictions = [a for a in device.state.load_failed(failed, device.now) if type(a) is EvictModel]
-    assert [eviction.model for eviction in evictions] == ["a/1"]
+    return device, evictions
+
+
+def test_a_failed_load_is_tried_again_later():
+    """With growing pauses; nobody makes room for what fails for another reason."""
+    device, evictions = refused_load("model_failed")
+    assert not evictions
     assert device.state.next_retry(device.now) == device.now + 2.0
-    device.do(evictions[0])
     assert device.step() == []
     assert [type(action) for action in device.step()] == [LoadModel]
+
+
+def test_a_device_fuller_than_believed_is_made_room_on_at_once():
+    """Nobody waits while there is somebody who can go; then as with any failure."""
+    device, evictions = refused_load("resource_exhausted")
+    assert [eviction.model for eviction in evictions] == ["a/1"]
+    assert device.state.next_retry(device.now) is None
+    device.do(evictions[0])
+    (load,) = device.step()
+    assert isinstance(load, LoadModel)
+    again = device.state.load_failed(LoadFailed(load.model, "resource_exhausted", "no"), device.now)
+    assert [type(action) for action in again] == [TellPlacer]
+    assert device.state.next_retry(device.now) == device.now + 2.0
 
 
 def test_loads_follow_each_other_without_a_pause():
     """So many are under way at once; those behind the first count their time from its end."""
     device = Device(a=10, b=10, c=10, d=10, e=10)
+
+    def oldest():
+        load = device.state.oldest_load()
+        return load and (load.id, load.load_began)
+
+    assert oldest() is None
     device.state.assigned([model_id(name, 1) for name in "abcde"], device.now)
     for action in device.step():
         device.do(action)
     began = device.now + 1.0
     assert [type(action) for action in device.step()] == [LoadModel] * 4
-    assert device.state.load_due(5.0) == (began + 5.0, "a/1 was loading for 5 s")
+    assert oldest() == ("a/1", began)
     device.state.loaded(loaded("c/1", 10), began + 1.0)
-    assert device.state.load_due(5.0) == (began + 5.0, "a/1 was loading for 5 s")
+    assert oldest() == ("a/1", began)
     device.state.loaded(loaded("a/1", 10), began + 4.0)
-    assert device.state.load_due(5.0) == (began + 9.0, "b/1 was loading for 5 s")
+    assert oldest() == ("b/1", began + 4.0)
     assert [action.model for action in device.step()] == ["e/1"]
 
 

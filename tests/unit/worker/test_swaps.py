@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.worker.core.events import BatchRan, LoadFailed
+from services.worker.core.events import Assigned, BatchRan, LoadFailed, ModelLoaded
 from shared.names import ModelId, model_id
 from tests.unit.worker.swap_world import UNIT, SwapWorld
 
@@ -242,6 +242,68 @@ def test_nobody_waits_for_those_that_never_rest(
     assert all(item in world.done for item in asked), "it starves"
 
 
+@given(
+    newcomers=st.integers(1, 3),
+    spare=st.sampled_from([0, 1, 6]),
+    batch_s=st.sampled_from([0.001, 0.01, 0.03]),
+    copy_s=st.sampled_from([0.0005, 0.002]),
+    per=st.sampled_from([1, 4]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_newly_wanted_is_served_whatever_is_asked_of_others(
+    newcomers, spare, batch_s, copy_s, per, seed
+):
+    """It gets the next load that ends: though others are swapped in without a pause, and where
+    the host's memory is scarce are read again and again."""
+    old, new = [f"m{n}" for n in range(20)], [f"n{n}" for n in range(newcomers)]
+    device, host = 60, 10 * (14 + newcomers + spare)  # 0: each has one place, here or there
+    world = SwapWorld(
+        dict.fromkeys([*old, *new], 10), device=device, host=host, batch_s=batch_s, copy_s=copy_s
+    )
+    world.want(*old)
+    jitter = Random(seed)
+
+    def busy(until: float) -> None:
+        while world.now < until:
+            for name in jitter.sample(old, 10):
+                if len(world.core.dispatch.waiting(model_id(name, 1))) < 4:
+                    world.arrive(name, per)
+            world.run(world.now + copy_s * 20, check=False)
+
+    busy(world.now + 1.0)
+    wanted = tuple(model_id(name, 1) for name in [*old, *new])
+    world.tell(Assigned(wanted, 1, world.core.generation + 1))
+    ended = world.loads_ended
+    while not all(model_id(name, 1) in world.consumers for name in new):
+        busy(world.now + copy_s * 20)
+        assert world.loads_ended - ended <= 4 * (world.core.state.max_loading + newcomers)
+
+
+def test_what_has_no_copy_stays_longer_than_what_has_one():
+    """It leaves once it was unused for as many times longer as the disk is slower: else each swap
+    would read what the last one threw away."""
+    world = crowd(5, device=30, host=30)
+    for n in [0, 1, 2, 3, 4] * 3:
+        world.arrive(f"m{n}")
+        world.run(world.now + 1)
+    alone = world.on_device - world.in_host
+    others = sorted(name.partition("/")[0] for name in world.sizes.keys() - alone)
+    assert (len(alone), len(others)) == (2, 3)
+
+    def ask(rounds: int) -> None:
+        for name in others * rounds:
+            world.arrive(name)
+            world.run(world.now + 1)
+
+    reads = world.reads
+    ask(rounds=1)
+    assert world.reads == reads
+    assert alone <= world.on_device
+    ask(rounds=10)
+    assert not alone & world.on_device
+
+
 def test_a_copy_that_cannot_be_made_costs_nobody_his_model():
     """It is served from the disk, and asked for a copy again later."""
     world = crowd(3, device=20, host=10)
@@ -257,6 +319,34 @@ def test_a_copy_that_cannot_be_made_costs_nobody_his_model():
     world.arrive("m2")
     world.run(world.now + 1)
     assert list(world.done.values()) == ["answered"]
+
+
+def test_a_swap_that_the_device_has_no_room_for_takes_one_more_place():
+    """Its items are not given back, and wait for no pause."""
+    world = crowd(4, device=20, host=40)
+    told = world.core.handle
+    refused = []
+
+    def handle(facts, now):
+        facts = [refuse(fact) for fact in facts]
+        return told(facts, now)
+
+    def refuse(fact):
+        if isinstance(fact, ModelLoaded) and not refused:
+            refused.append(fact.model)
+            world.on_device.discard(fact.model)
+            return LoadFailed(fact.model, "resource_exhausted", "in pieces")
+        return fact
+
+    world.core.handle = handle
+    asked = next(m for m in world.core.state.models if m not in world.on_device)
+    began = world.now
+    (item,) = world.arrive(asked.partition("/")[0])
+    world.run(world.now + 1)
+    assert refused == [asked]
+    assert world.done == {item: "answered"}
+    assert world.answered_at[item] - began < 0.1
+    assert world.core.state.get(asked).error is None
 
 
 def test_copies_of_what_nobody_wants_go_first():
