@@ -13,7 +13,17 @@ from typing import Final
 import torch
 import uvloop
 
-from benchmarks import density, engine, oversubscribe, swap
+from benchmarks import (
+    density,
+    engine,
+    goodput,
+    idle,
+    oversubscribe,
+    placer,
+    reality,
+    spike,
+    swap,
+)
 from benchmarks.outcome import Outcome, page, save, show
 from shared.units import parse_bytes
 
@@ -29,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", type=int, default=0, help="density: how many should fit")
     parser.add_argument("--registered", type=int, default=0, help="density: drawn out of so many")
     parser.add_argument("--fine-tunes", type=int, default=0, help="density: of one backbone")
-    parser.add_argument("--rounds", type=int, default=0, help="swap: how many")
+    parser.add_argument("--rounds", type=int, default=0, help="swap, idle: how many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="keep the outcome in docs/results")
     return parser
@@ -62,11 +72,36 @@ def _oversubscribe(args: argparse.Namespace) -> Awaitable[Outcome]:
     return oversubscribe.run(args.device, family_name=args.family or "minilm", seed=args.seed)
 
 
+def _spike(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return spike.run(args.device, family_name=args.family or "minilm", seed=args.seed)
+
+
+def _goodput(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return goodput.run(args.device, seed=args.seed)
+
+
+def _idle(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return idle.run(args.device, rounds=args.rounds or 6, seed=args.seed)
+
+
+def _placer(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return placer.run(args.device)
+
+
+def _reality(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return reality.run(args.device, seed=args.seed)
+
+
 BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Awaitable[Outcome]]]] = {
     "density": _density,
     "swap": _swap,
     "oversubscribe": _oversubscribe,
     "engine": _engine,
+    "spike": _spike,
+    "goodput": _goodput,
+    "idle": _idle,
+    "placer": _placer,
+    "reality": _reality,
 }
 
 

@@ -36,7 +36,7 @@ class Family:
     tokens: int = 16
     max_batch: int = 32
 
-    def spec(self) -> ModelSpec:
+    def spec(self, target_ms: float = 100.0) -> ModelSpec:
         return ModelSpec(
             inputs=(
                 TensorSpec("input_ids", "INT64", (-1,)),
@@ -44,6 +44,7 @@ class Family:
             ),
             outputs=(TensorSpec("logits", "FP32", (2,)),),
             max_batch_size=self.max_batch,
+            target_ms=target_ms,
         )
 
     def inputs(self, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +132,13 @@ class Registered:
 
 
 def register(
-    folder: Path, factory: Factory, count: int, *, frozen: bool = False, whole: int = 1
+    folder: Path,
+    factory: Factory,
+    count: int,
+    *,
+    frozen: bool = False,
+    whole: int = 1,
+    target_ms: float = 100.0,
 ) -> list[Registered]:
     """Registers `count` fine-tunes; the files of the first `whole` are kept for baselines."""
     repository = Repository(str(folder / "repository"))
@@ -145,7 +152,7 @@ def register(
             path = str(folder / f"{name}.pt")
             Path(path).write_bytes(content)
         digest, _ = repository.put_blob(_chunks(content))
-        manifest = repository.register(name, None, factory.family.spec(), digest)
+        manifest = repository.register(name, None, factory.family.spec(target_ms), digest)
         made.append(
             Registered(
                 manifest,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from roost.commands import explain, infer, models, up
+from roost.commands import explain, infer, models, scale, up, whatif
 from shared.errors import RoostError
 
 URL = os.environ.get("ROOST_URL", "http://127.0.0.1:8000")
@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_parsers(commands, URL)
     infer.add_parser(commands, URL)
     explain.add_parser(commands, PLACER_URL)
+    whatif.add_parser(commands)
+    scale.add_parser(commands, PLACER_URL)
     return parser
 
 

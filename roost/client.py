@@ -207,6 +207,14 @@ class RoostClient:
         """Removes one version, or the whole model."""
         _checked(self._send("DELETE", self._calls.stored(name, version)))
 
+    def unload(self, name: str) -> None:
+        """Makes the model, all its versions, unavailable until `load`."""
+        _checked(self._send("POST", f"{self._calls.stored(name)}/unload"))
+
+    def load(self, name: str) -> None:
+        """Takes `unload` back; returns when the model can be asked."""
+        _checked(self._send("POST", f"{self._calls.stored(name)}/load"))
+
     def metadata(self, name: str, version: int | str | None = None) -> dict[str, Any]:
         """The protocol's model metadata: versions, platform, inputs, outputs."""
         answer = _checked(self._send("GET", self._calls.model(name, version)))
@@ -303,6 +311,14 @@ class AsyncRoostClient:
     async def remove(self, name: str, version: int | str | None = None) -> None:
         """See `RoostClient.remove`."""
         _checked(await self._send("DELETE", self._calls.stored(name, version)))
+
+    async def unload(self, name: str) -> None:
+        """See `RoostClient.unload`."""
+        _checked(await self._send("POST", f"{self._calls.stored(name)}/unload"))
+
+    async def load(self, name: str) -> None:
+        """See `RoostClient.load`."""
+        _checked(await self._send("POST", f"{self._calls.stored(name)}/load"))
 
     async def metadata(self, name: str, version: int | str | None = None) -> dict[str, Any]:
         """See `RoostClient.metadata`."""

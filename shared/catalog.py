@@ -15,6 +15,8 @@ from shared.names import ModelId, check_name, check_version
 from shared.repository import Repository
 from shared.sharing import SharedBytes
 
+TTL_S: Final = 2.0
+"""How long an answer is believed without a hint that it has changed."""
 NEGATIVE_TTL_S: Final = 0.2
 """How long "no such model" is believed. Short: the usual next step is to register it."""
 MAX_ABSENT: Final = 1000
@@ -24,6 +26,7 @@ _Key = tuple[str, int | None]
 _Answer = Manifest | ModelNotFound
 _ALL: Final[_Key] = ("", None)
 _SHARING: Final[_Key] = ("", 0)
+_UNLOADED: Final[_Key] = ("", -1)
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -42,7 +45,7 @@ class Catalog:
     def __init__(
         self,
         repository: Repository,
-        ttl_s: float = 2.0,
+        ttl_s: float = TTL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._repository = repository
@@ -58,9 +61,12 @@ class Catalog:
             f"asking={len(self._asking)}>"
         )
 
-    async def get(self, name: str, version: int | None = None) -> Manifest:
-        """One version, None for the highest. Raises `ModelNotFound`; `InvalidRequest` when name
-        or version are not such; `Unavailable` when the repository is."""
+    async def get(
+        self, name: str, version: int | None = None, *, even_unloaded: bool = False
+    ) -> Manifest:
+        """One version, None for the highest. Raises `ModelNotFound`, also of a model that is
+        unloaded unless `even_unloaded`; `InvalidRequest` when name or version are not such;
+        `Unavailable` when the repository is."""
         number = None if version is None else check_version(version)
         key = (check_name(name), number)
         answer = await self._ask(key, lambda: self._look_up(name, number))
@@ -68,13 +74,22 @@ class Catalog:
             # A fresh one each time: a raised exception collects its raisers' frames.
             raise ModelNotFound(answer.message)
         assert isinstance(answer, Manifest)
+        if not even_unloaded and name in await self.unloaded():
+            raise ModelNotFound(f"model {name!r} is unloaded; load it before it is asked")
         return answer
 
-    async def ids(self) -> list[Manifest]:
-        """Every registered version, sorted by name and version."""
+    async def ids(self, *, even_unloaded: bool = False) -> list[Manifest]:
+        """Every version that can be asked, sorted by name and version."""
         answer = await self._ask(_ALL, lambda: tuple(self._repository.manifests()))
         assert isinstance(answer, tuple)
-        return list(answer)
+        unloaded = frozenset() if even_unloaded else await self.unloaded()
+        return [manifest for manifest in answer if manifest.name not in unloaded]
+
+    async def unloaded(self) -> frozenset[str]:
+        """The names of the models that are registered but not to be asked now."""
+        answer = await self._ask(_UNLOADED, self._repository.unloaded)
+        assert isinstance(answer, frozenset)
+        return answer
 
     async def sharing(self) -> Mapping[ModelId, SharedBytes]:
         """How many bytes of each version are its own, and how many another one has too."""
@@ -107,6 +122,11 @@ class Catalog:
             task.add_done_callback(lambda done: self._remember(key, done, asked_at))
         return await asyncio.shield(task)
 
+    def _let_go(self, key: _Key, expires: float) -> None:
+        entry = self._cached.get(key)
+        if entry is not None and entry.expires == expires:
+            del self._cached[key]
+
     def _remember(self, key: _Key, done: asyncio.Task[object], asked_at: float) -> None:
         current = self._asking.get(key) is done
         if current:
@@ -118,7 +138,10 @@ class Catalog:
         self._cached.pop(key, None)
         self._absent.pop(key, None)
         if not isinstance(answer, ModelNotFound):
-            self._cached[key] = _Entry(asked_at + self._ttl_s, answer)
+            entry = self._cached[key] = _Entry(asked_at + self._ttl_s, answer)
+            if not key[0]:  # of all models: too much to keep when it is not believed any more
+                # Not the entry itself, which would outlive a hint that it has changed.
+                done.get_loop().call_later(self._ttl_s, self._let_go, key, entry.expires)
             return
         if len(self._absent) >= MAX_ABSENT:
             del self._absent[next(iter(self._absent))]

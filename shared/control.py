@@ -99,6 +99,9 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[Assigned, ...] = ()
     drain: bool = False
     """Finish and give everything back: the fleet shrinks."""
+    leaving: bool = False
+    """The worker was asked to leave, and is told to `drain` once nothing is assigned to it. For
+    the next placer, which would not know."""
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -34,6 +34,8 @@ log = structlog.get_logger(__name__)
 HEAD_TIMEOUT_S: Final = 10.0
 """From the first byte of a request (or the connection's begin) to the end of its headers; also
 how long the rest of a body is read whose answer has already gone out."""
+SEND_TIMEOUT_S: Final = 30.0
+"""From when a client is found to read more slowly than it is answered, until it has the answer."""
 HEAD_LIMIT_BYTES: Final = 64 * 1024
 """Request line and headers; one read of the socket more may be held."""
 KEEP_ALIVE_S: Final = 75
@@ -109,6 +111,9 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.create_server(
         (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=host == "::"
     )
+    # Inherited by connections. asyncio sets it itself, but not for sockets made elsewhere; without
+    # it the body of an answer waits for the client's delayed acknowledgement of its head (40 ms).
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setblocking(False)
     return listener
 
@@ -229,6 +234,8 @@ class _Protocol(HttpToolsProtocol):
         self._crowd = config.crowd
         self._max_requests = config.max_requests
         self._clock: asyncio.TimerHandle | None = None
+        self._send_clock: asyncio.TimerHandle | None = None
+        self._half_sent = False
         self._head_bytes = 0
         self._in_body = False
         self._ended = False
@@ -243,7 +250,19 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._crowd.leave(self)
         self._stop_clock()
+        self._stop_send_clock()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._half_sent = True
+        if self._send_clock is None:
+            self._send_clock = self.loop.call_later(SEND_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self._half_sent:  # else more will come: a trickle does not prolong the time
+            self._stop_send_clock()
 
     def data_received(self, data: bytes) -> None:
         self._crowd.busy(self)
@@ -273,7 +292,11 @@ class _Protocol(HttpToolsProtocol):
             self._crowd.idle(self)
 
     def on_response_complete(self) -> None:
+        # First: a pipelined request begins in uvicorn's, and its answer has a time of its own.
+        self._half_sent = False
         super().on_response_complete()
+        if not self.flow.write_paused:
+            self._stop_send_clock()
         if self._nobody_waits() and not self._in_body:
             self._crowd.idle(self)
 
@@ -302,6 +325,11 @@ class _Protocol(HttpToolsProtocol):
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+
+    def _stop_send_clock(self) -> None:
+        if self._send_clock is not None:
+            self._send_clock.cancel()
+            self._send_clock = None
 
     def _out_of_time(self) -> None:
         self._clock = None

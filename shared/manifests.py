@@ -6,13 +6,13 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 
 from shared.blobs import check_digest
 from shared.errors import Internal, InvalidRequest, RoostError
-from shared.models import Manifest, ModelSpec
+from shared.models import Format, Manifest, ModelSpec, Placement, Scalar
 from shared.names import ModelId, check_name, check_version, split_model_id
 from shared.storage import Entry
 
@@ -40,6 +40,11 @@ def same_manifest(one: Manifest, other: Manifest) -> bool:
     )
 
 
+_ANYWHERE: Final = Placement()
+_NO_PARAMETERS: Final[dict[str, Scalar]] = {}
+_FORMATS: Final[dict[Format, Format]] = {name: name for name in get_args(Format)}
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     if len(data) > MAX_MANIFEST_BYTES:
@@ -58,7 +63,14 @@ def decode_manifest(path: str, data: bytes) -> Manifest:
         raise Internal(f"{path} is not a valid manifest: {error}") from error
     if (manifest.name, manifest.version) != split_path(path):
         raise Internal(f"{path} is not a valid manifest: it is that of {manifest.id}")
-    return manifest
+    # Every service that lists the registry keeps it decoded: a fifth of it is the same in all.
+    placement = _ANYWHERE if manifest.placement == _ANYWHERE else manifest.placement
+    return msgspec.structs.replace(
+        manifest,
+        format=_FORMATS[manifest.format],
+        placement=placement,
+        parameters=manifest.parameters or _NO_PARAMETERS,
+    )
 
 
 def manifest_path(name: str, version: int) -> str:

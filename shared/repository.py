@@ -6,6 +6,7 @@ Layout below the root, which is a directory or any URL that fsspec can open:
     models/<name>/<version>/manifest.json               one immutable version
     models/<name>/<version>/profiles/<device kind>.json what a worker measured
     models/<name>/<version>/removed.json                the number was used, and for what
+    unloaded/<name>.json                                registered, but not to be asked now
     tmp/                                                unfinished uploads
 
 A version exists when its manifest does, and a manifest appears in one step, after its file.
@@ -56,6 +57,7 @@ from shared.sharing import SharedBytes, Sharing
 from shared.storage import open_storage
 from shared.tombstones import Tombstones
 from shared.triton import scan
+from shared.unloaded import Unloaded
 
 _RACES: Final = 1000
 """How often the next version number may be snatched away before we say so."""
@@ -74,6 +76,7 @@ class Repository:
         self._files = ModelFiles(self._storage)
         self._sharing = Sharing(self._files.blocks)
         self._tombstones = Tombstones(self._storage)
+        self._unloaded = Unloaded(self._storage)
         self._caches: dict[str, BlobStore] = {}
         self._checked: dict[str, tuple[Format, ...]] = {}
         """What files can be run as, by digest, as far as this process has looked."""
@@ -318,6 +321,25 @@ class Repository:
         if not removed:
             what = "is not registered" if version is None else f"has no version {version}"
             raise ModelNotFound(f"model {name!r} {what}")
+        if not self.versions(name):
+            self._unloaded.remove(name)  # whoever registers the name anew means to use it
+
+    # --- unloaded models ----------------------------------------------------------------
+
+    def unload(self, name: str) -> None:
+        """The model, all its versions, is not to be asked until `load`; durable on return, and
+        idempotent. Raises `ModelNotFound`."""
+        self.manifest(name)  # raises when there is none
+        self._unloaded.put(name)
+
+    def load(self, name: str) -> bool:
+        """Takes `unload` back. Whether the model was unloaded; raises `ModelNotFound`."""
+        self.manifest(name)
+        return self._unloaded.remove(name)
+
+    def unloaded(self) -> frozenset[str]:
+        """The names of the models that are unloaded."""
+        return self._unloaded.names()
 
     def collect_garbage(self, min_age_s: float = 3600.0) -> Collected:
         """Removes files that no manifest mentions, parts that no file needs, and uploads whose

@@ -119,6 +119,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     assigned: Mapping[str, Sequence[ModelId]] = {}
     why: str = ""
+    ended: frozenset[str] = frozenset()
+    """Of these workers, those that are to finish what they hold and end."""
 
 
 class Placing(Protocol):

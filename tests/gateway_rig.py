@@ -18,7 +18,9 @@ from shared.broker.memory import MemoryBroker, MemoryExchange
 from shared.broker.port import Broker, Delivery, Message
 from shared.models import ModelSpec, TensorSpec
 from shared.names import (
+    HEADER_BATCH,
     HEADER_CODE,
+    HEADER_COMPUTE_US,
     HEADER_LENGTH,
     HEADER_QUEUE_US,
     HEADER_RETRYABLE,
@@ -206,6 +208,49 @@ async def running(
         async with asyncio.timeout(30):
             await service
         await worker_broker.close()
+
+
+@contextlib.asynccontextmanager
+async def another_gateway(rig: Rig, **settings) -> AsyncIterator[httpx.AsyncClient]:
+    """A second gateway beside the rig's (over the twins in memory), by its HTTP client."""
+    assert rig.exchange is not None
+    stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
+    service = asyncio.create_task(
+        run(
+            GatewayConfig(repository_url=str(rig.root), port=0, **settings),
+            stop,
+            broker=MemoryBroker(rig.exchange, "gateway-2"),
+            store=MemoryStore(rig.state),
+            on_ready=listening.set_result,
+        )
+    )
+    try:
+        async with asyncio.timeout(20):
+            url = f"http://127.0.0.1:{await listening}"
+        async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as http:
+
+            async def ready() -> bool:
+                return (await http.get("/v2/health/ready")).status_code == 200
+
+            await until(ready)
+            yield http
+    finally:
+        stop.set()
+        async with asyncio.timeout(30):
+            await service
+
+
+async def echo(worker: FakeWorker, delivery: Delivery) -> None:
+    """A script: every input comes back as an output of the same name."""
+    message = delivery.message
+    request = v2.decode_request(message.body, message.headers.get(HEADER_LENGTH))
+    body, length = v2.encode_response("echo", 1, request.id, request.inputs, request)
+    headers = {HEADER_CODE: "ok", HEADER_STATUS: 200, HEADER_BATCH: 1, HEADER_COMPUTE_US: 2000}
+    if length is not None:
+        headers[HEADER_LENGTH] = length
+    answer = Message(body=body, headers=headers, correlation_id=message.correlation_id)
+    await worker.reply(delivery, answer)
+    await delivery.ack()
 
 
 def digest_of(data: bytes) -> str:

@@ -309,8 +309,8 @@ class Rig:
         """Publishes one request as a producer does; returns its correlation id."""
         request = uuid.uuid4().hex
         message = Message(
-            body=b"{}",
             **{  # type: ignore[arg-type]
+                "body": b"{}",
                 "reply_to": self.reply_to,
                 "correlation_id": request,
                 **properties,

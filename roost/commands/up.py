@@ -11,8 +11,11 @@ from pathlib import Path
 
 from roost.local import MissingService, find_binaries
 from roost.stack.port import Stack, StackConfig, StackFailed
+from roost.stack.scaler import Limits, Scaler, StackRunner
 from shared import logs
 from shared.units import parse_bytes
+
+_MOST_WORKERS = 64
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,13 +31,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--placer-port", type=int, help="port of the placer's own HTTP (default: --port + 1)"
     )
-    parser.add_argument("--workers", type=_count, default=1, metavar="N", help="default 1")
+    parser.add_argument(
+        "--workers", type=_count, metavar="N", help="default 1, or --min-workers; to begin with"
+    )
+    parser.add_argument(
+        "--max-workers", type=_count, metavar="M",
+        help="follow what is asked: up to so many, and as few as --min-workers (default: N always)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-workers",
+        type=_count,
+        metavar="K",
+        help="with --max-workers; default 1; 0 is allowed",
+    )
     parser.add_argument(
         "--budget", type=parse_bytes, metavar="SIZE",
         help="device memory of each worker, e.g. 4GiB (default: what the device has)",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument("--threads", type=_count, default=1, help="threads per engine (default 1)")
+    parser.add_argument(
+        "--threads", type=_threads, default=1, help="threads per engine (default 1)"
+    )
     parser.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE",
         help="any ROOST_… setting of a service, e.g. ROOST_WORKER_HOST_BYTES=8GiB; may be repeated",
@@ -47,10 +64,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--embedded", action="store_true",
         help="one process over in-memory twins of RabbitMQ and Redis, where those cannot be had",
     )  # fmt: skip
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    limits, workers = _fleet(arguments)
     if not arguments.embedded:
         try:
             find_binaries()
@@ -62,14 +80,14 @@ def run(arguments: argparse.Namespace) -> int:
         data_dir=arguments.data.resolve(),
         port=arguments.port,
         placer_port=arguments.placer_port or (arguments.port + 1 if arguments.port else 0),
-        workers=arguments.workers,
+        workers=workers,
         budget_bytes=arguments.budget,
         device=arguments.device,
         threads=arguments.threads,
-        settings=dict(arguments.set),
+        settings={"ROOST_PLACER_MIN_WORKERS": str(limits.low), **dict(arguments.set)},
     )
     try:
-        asyncio.run(_keep_up(make_stack(config, embedded=arguments.embedded)))
+        asyncio.run(_keep_up(make_stack(config, embedded=arguments.embedded), limits))
     except StackFailed as error:
         print(f"roost: {error}", file=sys.stderr)
         return 1
@@ -87,7 +105,33 @@ def make_stack(config: StackConfig, *, embedded: bool) -> Stack:
     return ProcessStack(config)
 
 
-async def _keep_up(stack: Stack) -> None:
+def _fleet(arguments: argparse.Namespace) -> tuple[Limits, int]:
+    """How many workers there may be, and how many to begin with."""
+    fewest, most, workers = arguments.min_workers, arguments.max_workers, arguments.workers
+    if most is None:
+        if fewest is not None:
+            arguments.usage_error("--min-workers is for --max-workers")
+        workers = 1 if workers is None else workers
+        if not workers:
+            arguments.usage_error("--workers 0 is for --max-workers")
+        return Limits(workers, workers), workers
+    low = min(1, most) if fewest is None else fewest
+    workers = low if workers is None else workers
+    if not low <= workers <= most or not most:
+        arguments.usage_error("--min-workers <= --workers <= --max-workers is expected")
+    return Limits(low, most), workers
+
+
+async def _follow(stack: Stack, limits: Limits) -> None:
+    """Keeps the stack up, with as many workers as the placer wants, where that may change."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(stack.watch(), name="watch")
+        if limits.low < limits.high:
+            scaler = Scaler(stack.placer_url, StackRunner(stack), limits)
+            group.create_task(scaler.run(), name="scaler")
+
+
+async def _keep_up(stack: Stack, limits: Limits) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -105,11 +149,16 @@ async def _keep_up(stack: Stack) -> None:
         for name, url in stack.endpoints().items():
             print(f"{name}: {url}")
         print(f"ready: {stack.gateway_url}", flush=True)
-        watching = asyncio.create_task(stack.watch())
-        await asyncio.wait({watching, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if watching.done():
-            await watching
-        watching.cancel()
+        following = asyncio.create_task(_follow(stack, limits))
+        await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if following.done():
+            try:
+                await following
+            except* StackFailed as group:
+                raise group.exceptions[0] from None
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following  # or it would start a worker that nobody ends
     finally:
         stopped.cancel()
         print("stopping …", file=sys.stderr, flush=True)
@@ -125,6 +174,12 @@ def _setting(text: str) -> tuple[str, str]:
 
 def _count(text: str) -> int:
     value = int(text)
-    if not 1 <= value <= 64:
+    if not 0 <= value <= _MOST_WORKERS:
         raise ValueError
     return value
+
+
+def _threads(text: str) -> int:
+    if not _count(text):
+        raise ValueError
+    return int(text)

@@ -25,6 +25,8 @@ from shared.broker.port import Broker
 from shared.config import load
 from shared.store.memory import MemoryState, MemoryStore
 
+_LOOK_S = 0.5
+
 
 class EmbeddedStack:
     """Gateway, placer and worker agents as tasks of this process."""
@@ -52,13 +54,13 @@ class EmbeddedStack:
         gateway = load(GatewayConfig, "GATEWAY", self._settings("gateway"), port=port)
         self._spawn("gateway", lambda stop, b, s: run_gateway(gateway, stop, broker=b, store=s))
         for _ in range(config.workers):
-            self._spawn_worker()
+            self.spawn_worker()
         await wait_for_url(f"{self.placer_url}/readyz", "the placer", self._check_alive)
         await wait_for_url(f"{self.gateway_url}/v2/health/ready", "the gateway", self._check_alive)
         await wait_for_workers(self.placer_url, set(self._workers), self._check_alive)
 
     async def add_worker(self) -> str:
-        worker = self._spawn_worker()
+        worker = self.spawn_worker()
         await wait_for_workers(self.placer_url, {worker}, self._check_alive)
         return worker
 
@@ -78,7 +80,8 @@ class EmbeddedStack:
     async def watch(self) -> None:
         while True:
             tasks = [task for task, _ in self._services.values()]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            # Not for ever: workers may be added meanwhile.
+            await asyncio.wait(tasks, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
             self._check_alive()
 
     async def close(self) -> None:
@@ -88,7 +91,10 @@ class EmbeddedStack:
                 stop.set()
             await asyncio.gather(*(task for task, _ in running), return_exceptions=True)
 
-    def _spawn_worker(self) -> str:
+    def workers(self) -> list[str]:
+        return [name for name in self._workers if name in self._services]
+
+    def spawn_worker(self) -> str:
         name = f"worker-{len(self._workers)}"
         self._workers.append(name)
         settings = self._settings("worker") | {
@@ -129,8 +135,14 @@ class EmbeddedStack:
         }
 
     def _check_alive(self) -> None:
-        for name, (task, _) in self._services.items():
-            if task.done():
+        for name, (task, _) in list(self._services.items()):
+            if name in self._workers and task.done() and _ended_well(task):
+                del self._services[name]  # the placer let it go
+            elif task.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     error = task.exception()
                     raise StackFailed(f"{name} ended: {error!r}") from error
+
+
+def _ended_well(task: asyncio.Task[None]) -> bool:
+    return not task.cancelled() and task.exception() is None

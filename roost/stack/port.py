@@ -19,6 +19,7 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True):
     """HTTP port of the gateway on 127.0.0.1; 0 takes a free one."""
     placer_port: int = 0
     workers: int = 1
+    """To begin with."""
     budget_bytes: int | None = None
     """Device budget of each worker; None leaves it to the worker (what the device has)."""
     device: str = "auto"
@@ -49,6 +50,13 @@ class Stack(Protocol):
 
     async def remove_worker(self, worker: str) -> None:
         """Ends one worker in order: it finishes or gives back what it holds."""
+
+    def workers(self) -> list[str]:
+        """Those that run, reporting or not. A worker that the placer let go is not started
+        again."""
+
+    def spawn_worker(self) -> str:
+        """Starts one more, and waits for nothing."""
 
     async def producer(self) -> Broker:
         """A connection to the broker of its own, as an AMQP producer has it. The caller closes."""

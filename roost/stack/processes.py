@@ -98,14 +98,14 @@ class ProcessStack:
         self._spawn("placer", {"ROOST_PLACER_PORT": str(placer_port)})
         self._spawn("gateway", {"ROOST_GATEWAY_PORT": str(port)})
         for _ in range(config.workers):
-            self._spawn_worker()
+            self.spawn_worker()
         # 3. Ready is what answers, not what was started.
         await wait_for_url(f"{self.placer_url}/readyz", "the placer", self._check_alive)
         await wait_for_url(f"{self.gateway_url}/v2/health/ready", "the gateway", self._check_alive)
         await wait_for_workers(self.placer_url, set(self._workers), self._check_alive)
 
     async def add_worker(self) -> str:
-        worker = self._spawn_worker()
+        worker = self.spawn_worker()
         await wait_for_workers(self.placer_url, {worker}, self._check_alive)
         return worker
 
@@ -143,10 +143,11 @@ class ProcessStack:
                 if await asyncio.shield(self._reviving):
                     pause_s = min(pause_s * 2, 10.0)
             for name, (process, extra) in list(self._services.items()):
-                if process.returncode is not None:
-                    log.warning("service_ended", service=name, returncode=process.returncode)
-                    self._spawn(name, extra)
-                    pause_s = min(pause_s * 2, 10.0)
+                if process.returncode is None or self._forget_let_go(name):
+                    continue
+                log.warning("service_ended", service=name, returncode=process.returncode)
+                self._spawn(name, extra)
+                pause_s = min(pause_s * 2, 10.0)
 
     async def close(self) -> None:
         # Workers first: they finish what they hold and give the rest back to a broker that is
@@ -163,7 +164,10 @@ class ProcessStack:
                 with contextlib.suppress(ServiceFailed):
                     await asyncio.to_thread(node.stop)
 
-    def _spawn_worker(self) -> str:
+    def workers(self) -> list[str]:
+        return [name for name in self._workers if name in self._services]
+
+    def spawn_worker(self) -> str:
         name = f"worker-{len(self._workers)}"
         self._workers.append(name)
         extra = {
@@ -193,16 +197,28 @@ class ProcessStack:
         env |= {k: v for k, v in self._config.settings.items() if _concerns(k, service)} | extra
         process = OwnedProcess(
             name,
-            [sys.executable, "-m", f"services.{service}"],
+            self._command(name),
             env=env,
             cwd=data,
             output=self._logs / f"{name}.log",
         )
         self._services[name] = (process, extra)
 
+    def _command(self, name: str) -> list[str]:
+        """What runs the service of this name; benchmarks have workers of their own."""
+        return [sys.executable, "-m", f"services.{name.partition('-')[0]}"]
+
+    def _forget_let_go(self, name: str) -> bool:
+        """Whether it is a worker that ended in order: then the placer has let it go."""
+        if name not in self._workers or self._services[name][0].returncode != 0:
+            return False
+        log.info("worker_left", worker=name)
+        del self._services[name]
+        return True
+
     def _check_alive(self) -> None:
-        for name, (process, _) in self._services.items():
-            if process.returncode is not None:
+        for name, (process, _) in list(self._services.items()):
+            if process.returncode is not None and not self._forget_let_go(name):
                 raise StackFailed(
                     f"{name} ended with {process.returncode}; its log ends with:\n"
                     + tail(process.output)

@@ -8,13 +8,18 @@ from collections.abc import Callable
 
 import structlog
 
+from services.gateway.cancels import Cancels
 from services.gateway.config import GatewayConfig
+from services.gateway.control import Control
 from services.gateway.core.admission import Admission
+from services.gateway.core.tally import Tallies
 from services.gateway.http import Gateway
 from services.gateway.infer import Inference
+from services.gateway.lifecycle import Lifecycle
 from services.gateway.metrics import Metrics
 from services.gateway.registry import Registry
 from services.gateway.rpc import Rpc
+from services.gateway.statistics import Statistics
 from services.gateway.status import Status
 from shared.broker.port import Broker
 from shared.catalog import Catalog
@@ -47,7 +52,11 @@ async def run(
     metrics = Metrics()
     repository = Repository(config.repository_url)
     catalog = Catalog(repository)
-    admission = Admission(config.model_inflight_limit, config.inflight_bytes_limit)
+    admission = Admission(
+        config.model_inflight_limit,
+        config.inflight_bytes_limit,
+        config.tenant_inflight_limit if config.tenant_header else None,
+    )
     metrics.held_bytes.set_function(lambda: admission.held_bytes)
     rpc = Rpc(
         broker,
@@ -58,12 +67,16 @@ async def run(
         reply_expires_s=config.reply_expires_s,
         reply_prefetch=config.reply_prefetch,
     )
-    registry = Registry(repository, catalog, store, metrics, config.upload_limit)
+    tallies = Tallies()
+    registry = Registry(repository, catalog, store, metrics, tallies, config.upload_limit)
+    status = Status(repository, catalog, store)
+    statistics = Statistics(tallies, catalog, store, status, uuid.uuid4().hex)
+    cancels = Cancels(store, metrics)
+    lifecycle = Lifecycle(repository, registry)
     app = Gateway(
-        config,
-        Inference(config, catalog, admission, rpc, metrics),
-        Status(repository, catalog, store),
-        registry,
+        Inference(config, catalog, admission, rpc, metrics, statistics, cancels),
+        Control(config, status, statistics, registry, lifecycle, admission, rpc),
+        admission,
         rpc,
         metrics_route(metrics.registry),
     )
@@ -99,6 +112,8 @@ async def run(
                     ("reply queue", keep_reply_queue),
                     ("acknowledge", rpc.acknowledge_replies),
                     ("registry", follow_registry),
+                    ("statistics", statistics.tell_others),
+                    ("cancels", cancels.tell),
                     ("give up", give_up_late),
                 )
             ]

@@ -21,6 +21,9 @@ class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
     request_limit_bytes: int = 15 * 1024 * 1024
     """RabbitMQ 4 takes messages of 16 MiB; the rest is for headers and to be safe. Counted
     after decompression."""
+    load_limit_bytes: int = 64 * 1024 * 1024
+    """Body of a `load` that brings its files along, in base64. Triton's own limit of a request
+    over HTTP; larger files are uploaded."""
     upload_limit_bytes: int = 16 * 1024**3
     """No model of the kind that shares a device is larger."""
     upload_limit: int = 8
@@ -32,6 +35,12 @@ class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
     model_inflight_limit: int = 1024
     """Requests of one model between admission and answer: some seconds of work of a fast
     model, and one model's flood leaves room for the others."""
+    tenant_header: str = ""
+    """Header that names who asks, e.g. `x-tenant`. Whatever authenticates requests in front of the
+    gateway must set it, since nothing here does. Empty: there are no tenants."""
+    tenant_inflight_limit: int = 256
+    """Requests of one tenant between admission and answer: a quarter of one model's, so that
+    no tenant alone keeps others from a model."""
     inflight_bytes_limit: int = 256 * 1024 * 1024
     """Request bodies held in memory, of all models together."""
     body_timeout_s: float = 30.0

@@ -10,40 +10,33 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 from urllib.parse import unquote
 
-import msgspec
 import structlog
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route, Router
+from starlette.routing import BaseRoute, Router
 
-from services.gateway.body import ClientGone, Receive, SlowBody, stream_body
-from services.gateway.config import GatewayConfig
+from services.gateway.body import ClientGone, Receive, SlowBody
+from services.gateway.control import Control
+from services.gateway.core.admission import Admission
 from services.gateway.infer import Answer, Inference
-from services.gateway.registry import Registry, decode_registration
 from services.gateway.rpc import Rpc
-from services.gateway.status import Status
-from shared.blobs import check_digest
-from shared.errors import STATUS, InvalidRequest, RoostError, TooLarge, Unavailable
+from shared.errors import STATUS, InvalidRequest, RoostError
 from shared.logs import bound
-from shared.names import HEADER_CODE, check_name, check_version
+from shared.names import HEADER_CODE
 from shared.v2 import error_body
 
 log = structlog.get_logger(__name__)
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Scope = MutableMapping[str, Any]
-Handler = Callable[[Request], Awaitable[Response]]
 
 _JSON: Final = (b"content-type", b"application/json")
 _CODE: Final = HEADER_CODE.encode()
 """Also told over HTTP: two codes share a status here and there."""
 _HTTP_ONLY: Final = {SlowBody.code: 408}
-_CONTROL_BODY_BYTES: Final = 1024 * 1024
-"""JSON of the control routes: a model's description, a filter."""
+_PIECE_BYTES: Final = 64 * 1024
+"""Of an answer: as much as waits in the connection's buffer, besides."""
 _SHOWN_CHARS: Final = 200
 """Of a client's text, in a log line."""
-_encode: Final = msgspec.json.Encoder().encode
 
 
 class Gateway:
@@ -51,16 +44,15 @@ class Gateway:
 
     def __init__(
         self,
-        config: GatewayConfig,
         inference: Inference,
-        status: Status,
-        registry: Registry,
+        control: Control,
+        admission: Admission,
         rpc: Rpc,
         metrics_route: BaseRoute,
     ) -> None:
         self._inference = inference
+        self._admission = admission
         self._new_id = rpc.new_id
-        control = Control(config, status, registry, rpc)
         self._router = Router(routes=[*control.routes(), metrics_route], redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +92,7 @@ class Gateway:
                 answer = await self._inference.answer(
                     name, version, headers, receive, correlation_id
                 )
-                await _send(sending, answer)
+                await self._send_held(sending, answer)
             else:
                 await _send(sending, Answer(405, error_body("Method Not Allowed"), [_JSON]))
         except ClientGone:
@@ -113,6 +105,23 @@ class Gateway:
             fault = Answer(500, error_body("internal error; the gateway's log has it"), [_JSON])
             if not started:
                 await _send(sending, fault)
+
+    async def _send_held(self, send: Send, answer: Answer) -> None:
+        """Sends piece by piece, as fast as the client reads, and counts what it holds up."""
+        size = len(answer.body)
+        if size <= _PIECE_BYTES:
+            await _send(send, answer)
+            return
+        self._admission.keep(size)
+        try:
+            await send(_head(answer))
+            body = memoryview(answer.body)
+            for start in range(0, size, _PIECE_BYTES):
+                piece = body[start : start + _PIECE_BYTES]
+                more = start + _PIECE_BYTES < size
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
+        finally:
+            self._admission.drop(size)
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         if b"%2f" in scope.get("raw_path", b"").lower():
@@ -150,15 +159,17 @@ def _text(segment: bytes) -> str:
     return unquote(text) if "%" in text else text
 
 
-async def _send(send: Send, answer: Answer) -> None:
+def _head(answer: Answer) -> MutableMapping[str, Any]:
     length = (b"content-length", str(len(answer.body)).encode())
-    await send(
-        {
-            "type": "http.response.start",
-            "status": answer.status,
-            "headers": [*answer.headers, length],
-        }
-    )
+    return {
+        "type": "http.response.start",
+        "status": answer.status,
+        "headers": [*answer.headers, length],
+    }
+
+
+async def _send(send: Send, answer: Answer) -> None:
+    await send(_head(answer))
     await send({"type": "http.response.body", "body": answer.body})
 
 
@@ -188,164 +199,3 @@ async def _refuse_other(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": message["type"] + ".complete"})
         if message["type"] == "lifespan.shutdown":
             return
-
-
-class Control:
-    """Everything but inference: health, models, the repository."""
-
-    def __init__(self, config: GatewayConfig, status: Status, registry: Registry, rpc: Rpc) -> None:
-        self._config = config
-        self._status = status
-        self._registry = registry
-        self._rpc = rpc
-
-    def routes(self) -> list[BaseRoute]:
-        model, version = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
-        stored = "/v2/repository/models/{name}"
-        table: list[tuple[str, str, Handler]] = [
-            ("GET", "/v2/health/live", self.live),
-            ("GET", "/v2/health/ready", self.ready),
-            ("GET", "/v2", self.server),
-            ("GET", model, self.metadata),
-            ("GET", version, self.metadata),
-            ("GET", f"{model}/config", self.configuration),
-            ("GET", f"{version}/config", self.configuration),
-            ("GET", f"{model}/ready", self.model_ready),
-            ("GET", f"{version}/ready", self.model_ready),
-            ("GET POST", "/v2/repository/index", self.index),
-            ("HEAD", "/v2/repository/blobs/{digest}", self.find_blob),
-            ("PUT", "/v2/repository/blobs/{digest}", self._counted(self.put_blob)),
-            ("GET", stored, self.detail),
-            ("DELETE", stored, self.remove),
-            ("POST", f"{stored}/versions", self._counted(self.register)),
-            ("PUT", f"{stored}/versions/{{version}}", self._counted(self.register)),
-            ("DELETE", f"{stored}/versions/{{version}}", self.remove),
-        ]
-        paths: dict[str, dict[str, Handler]] = {}
-        for methods, path, handler in table:
-            for method in methods.split():
-                paths.setdefault(path, {})[method] = handler
-        return [_route(path, handlers) for path, handlers in paths.items()]
-
-    # --- health and metadata
-
-    async def live(self, _: Request) -> Response:
-        return _json({"live": True})
-
-    async def ready(self, _: Request) -> Response:
-        """Only the way to the workers counts: models come and go without it turning."""
-        if self._rpc.ready:
-            return _json({"ready": True})
-        raise Unavailable("the message broker is not connected")
-
-    async def server(self, _: Request) -> Response:
-        return _json(self._status.server())
-
-    async def metadata(self, request: Request) -> Response:
-        return _json(await self._status.metadata(*_model(request)))
-
-    async def configuration(self, request: Request) -> Response:
-        return _json(await self._status.configuration(*_model(request)))
-
-    async def model_ready(self, request: Request) -> Response:
-        name, version = _model(request)
-        ready, where = await self._status.readiness(name, version)
-        if ready:
-            return _json({"name": name, "ready": True})
-        return _json({"name": name, "ready": False, "error": where}, 503)
-
-    # --- the repository
-
-    async def index(self, request: Request) -> Response:
-        wanted = _IndexFilter()
-        body = await self._body(request) if request.method == "POST" else b""
-        if body.strip():
-            try:
-                wanted = _index_filters.decode(body)
-            except (ValueError, RecursionError) as error:
-                raise InvalidRequest(f"the filter is not valid: {str(error)[:200]}") from None
-        return _json(await self._status.index(ready_only=wanted.ready))
-
-    async def detail(self, request: Request) -> Response:
-        return _json(await self._status.detail(_model(request)[0]))
-
-    async def find_blob(self, request: Request) -> Response:
-        digest = check_digest(request.path_params["digest"])
-        size = await self._registry.blob_size(digest)
-        return Response(status_code=404 if size is None else 200, headers=_blob(digest, size))
-
-    async def put_blob(self, request: Request) -> Response:
-        digest = check_digest(request.path_params["digest"])
-        limit = self._config.upload_limit_bytes
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
-            raise TooLarge(f"the upload has {int(declared)} bytes, the limit is {limit}")
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise InvalidRequest("an upload takes no Content-Encoding: its digest is of the file")
-        size = await self._registry.blob_size(digest)
-        if size is not None:
-            # The server reads the rest of the body and drops it.
-            return _json({"digest": digest, "size_bytes": size})
-        pieces = stream_body(
-            request.receive, limit_bytes=limit, timeout_s=self._config.body_timeout_s
-        )
-        size = await self._registry.upload(digest, pieces)
-        return _json({"digest": digest, "size_bytes": size}, 201)
-
-    async def register(self, request: Request) -> Response:
-        name, version = _model(request)
-        registration = decode_registration(await self._body(request))
-        return _json(await self._registry.register(name, version, registration), 201)
-
-    async def remove(self, request: Request) -> Response:
-        await self._registry.remove(*_model(request))
-        return Response(status_code=204)
-
-    def _counted(self, handler: Handler) -> Handler:
-        async def counted(request: Request) -> Response:
-            with self._registry.counted():
-                return await handler(request)
-
-        return counted
-
-    async def _body(self, request: Request) -> bytes:
-        pieces = stream_body(
-            request.receive,
-            limit_bytes=_CONTROL_BODY_BYTES,
-            timeout_s=self._config.body_timeout_s,
-        )
-        return b"".join([piece async for piece in pieces])
-
-
-class _IndexFilter(msgspec.Struct):
-    ready: bool = False
-
-
-_index_filters: Final = msgspec.json.Decoder(_IndexFilter)
-
-
-def _route(path: str, handlers: dict[str, Handler]) -> Route:
-    async def endpoint(request: Request) -> Response:
-        # Starlette adds HEAD to GET by itself.
-        return await handlers.get(request.method, handlers.get("GET", _not_allowed))(request)
-
-    return Route(path, endpoint, methods=list(handlers))
-
-
-async def _not_allowed(_: Request) -> Response:
-    raise HTTPException(405)
-
-
-def _model(request: Request) -> tuple[str, int | None]:
-    """Name and version in the path, checked. Raises `InvalidRequest`."""
-    version = request.path_params.get("version")
-    name = check_name(request.path_params["name"])
-    return name, None if version is None else check_version(version)
-
-
-def _json(data: Any, status: int = 200) -> Response:
-    return Response(_encode(data), status, media_type="application/json")
-
-
-def _blob(digest: str, size: int | None) -> dict[str, str]:
-    return {} if size is None else {"roost-blob-size": str(size), "roost-blob-digest": digest}

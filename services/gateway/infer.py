@@ -12,11 +12,15 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from services.gateway.body import ClientGone, Held, Receive, Rejected, read_body
+from services.gateway.cancels import Cancels
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
+from services.gateway.core.tally import Ran
+from services.gateway.encoding import compressed, wanted_coding
 from services.gateway.hangup import watching_for_hangup
 from services.gateway.metrics import Metrics
 from services.gateway.rpc import Call, Rpc
+from services.gateway.statistics import Statistics
 from shared import v2
 from shared.broker.port import HeaderValue, Message
 from shared.catalog import Catalog
@@ -42,8 +46,9 @@ _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-
 _TOLD: Final = tuple(
     (name, name.encode()) for name in (HEADER_QUEUE_US, HEADER_COMPUTE_US, HEADER_BATCH)
 )
-_RETRY_AFTER_S: Final = 1
-"""What a client is told when the worker, or the broker, refuses and knows no better."""
+
+
+_TENANT_BYTES: Final = 128
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -64,12 +69,17 @@ class Inference:
         admission: Admission,
         rpc: Rpc,
         metrics: Metrics,
+        statistics: Statistics,
+        cancels: Cancels,
     ) -> None:
         self._config = config
         self._catalog = catalog
         self._admission = admission
         self._rpc = rpc
         self._metrics = metrics
+        self._statistics = statistics
+        self._cancels = cancels
+        self._tenant_key = config.tenant_header.strip().lower().encode()
         self._limits = v2.Limits(body_bytes=config.request_limit_bytes)
 
     async def answer(
@@ -86,6 +96,8 @@ class Inference:
         started = time.monotonic()
         model = ""  # as a metric's label: only what the registry knows
         code = "internal"
+        manifest: Manifest | None = None
+        ran: Ran | None = None
         held = Held(self._admission)
         try:
             # 1. Look up: the name first, so that rubbish costs no reading.
@@ -101,19 +113,30 @@ class Inference:
                 timeout_s=config.body_timeout_s,
             )
             # 3. Check: what cannot succeed ends here, before it costs a queue or a device.
-            call = self._checked(manifest, version, headers, body, started, correlation_id)
+            call, rows = self._checked(manifest, version, headers, body, started, correlation_id)
             # 4. Admit.
-            self._admit(model)
+            tenant = self._tenant(headers)
+            self._admit(model, tenant)
             # 5. Publish and await.
             answered = False
+            sent = time.monotonic()
             try:
                 async with watching_for_hangup(receive):
                     reply = await self._rpc.call(call)
                 answered = True
+            except ClientGone:
+                self._cancels.add(correlation_id, call.deadline)
+                raise
             finally:
-                self._leave(model, answered=answered)
+                self._leave(model, tenant, answered=answered)
             # 6. Answer.
             answer, code = _answer_of(reply)
+            if code == "ok":
+                ran = _ran(reply, rows, time.monotonic() - sent)
+                answer = await _encoded(answer, headers)
+            elif reply.headers.get(HEADER_RETRYABLE):
+                again_s = self._admission.retry_after_s(model, time.monotonic())
+                answer.headers.append((b"retry-after", str(again_s).encode()))
             return answer
         except RoostError as error:
             code = error.code
@@ -127,7 +150,10 @@ class Inference:
             raise
         finally:
             held.release()
-            self._metrics.answered(model, code, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._metrics.answered(model, code, seconds)
+            if manifest is not None:
+                self._statistics.note(manifest.id, seconds, ran)
 
     async def _look_up(self, name: str, version: str | None) -> Manifest:
         wanted = None if version is None else check_version(version)
@@ -141,13 +167,14 @@ class Inference:
         body: bytes,
         started: float,
         correlation_id: str,
-    ) -> Call:
+    ) -> tuple[Call, int]:
+        """The call, and the rows of the request."""
         header_length = v2.parse_header_length(headers.get(_LENGTH_KEY))
         raw_input = v2.raw_input_of(manifest) if header_length == 0 else None
         request = v2.decode_request(body, header_length, self._limits, raw_input=raw_input)
         if request.id is not None:
             bind_contextvars(request_id=request.id)  # the name by which the client will ask
-        v2.check_inputs(request, manifest)
+        rows = v2.check_inputs(request, manifest)
         if header_length == 0:
             # Workers need not know of raw requests: this one gets the header that it left out.
             body, header_length = v2.encode_request(request)
@@ -155,7 +182,7 @@ class Inference:
         trace = headers.get(b"traceparent")
         if trace is not None and _TRACEPARENT.match(trace):
             forwarded["traceparent"] = trace.decode()
-        return Call(
+        call = Call(
             correlation_id=correlation_id,
             routing_key=manifest.name if version is None else manifest.id,
             body=body,
@@ -164,6 +191,7 @@ class Inference:
             priority=v2.message_priority(v2.priority(request.parameters)),
             headers=forwarded,
         )
+        return call, rows
 
     def _deadline(
         self, request: v2.InferRequest, headers: dict[bytes, bytes], started: float
@@ -186,15 +214,39 @@ class Inference:
             remaining_s = self._config.default_timeout_s
         return asyncio.get_running_loop().time() + remaining_s
 
-    def _admit(self, model: str) -> None:
-        rejection = self._admission.enter(model, time.monotonic())
+    def _tenant(self, headers: dict[bytes, bytes]) -> str:
+        name = headers.get(self._tenant_key, b"") if self._tenant_key else b""
+        if len(name) > _TENANT_BYTES:
+            raise InvalidRequest(f"the tenant's name is longer than {_TENANT_BYTES} bytes")
+        return name.decode("latin-1")
+
+    def _admit(self, model: str, tenant: str) -> None:
+        rejection = self._admission.enter(model, time.monotonic(), tenant)
         if rejection is not None:
             raise Rejected(rejection)
         self._metrics.in_flight.inc()
 
-    def _leave(self, model: str, *, answered: bool) -> None:
-        self._admission.leave(model, time.monotonic(), answered=answered)
+    def _leave(self, model: str, tenant: str, *, answered: bool) -> None:
+        self._admission.leave(model, time.monotonic(), answered=answered, tenant=tenant)
         self._metrics.in_flight.dec()
+
+
+def _ran(reply: Message, rows: int, waited_s: float) -> Ran:
+    told = [reply.headers.get(name) for name in (HEADER_BATCH, HEADER_COMPUTE_US)]
+    batch_rows, compute_us = (value if isinstance(value, int) else 0 for value in told)
+    return Ran(rows, batch_rows, waited_s, compute_us)
+
+
+async def _encoded(answer: Answer, headers: dict[bytes, bytes]) -> Answer:
+    """Compressed, when the client has asked for that."""
+    coding = wanted_coding(headers.get(b"accept-encoding"))
+    if coding is None:
+        return answer
+    body = await compressed(answer.body, coding)
+    if body is None:
+        return answer
+    vary = (b"vary", b"accept-encoding")
+    return Answer(200, body, [*answer.headers, (b"content-encoding", coding), vary])
 
 
 def _answer_of(reply: Message) -> tuple[Answer, str]:
@@ -213,6 +265,4 @@ def _answer_of(reply: Message) -> tuple[Answer, str]:
         log.error("malformed_reply", code=repr(code)[:60], body=repr(reply.body[:200]))
         raise Internal("the reply to this request is malformed")
     headers = [(b"content-type", b"application/json"), (HEADER_CODE.encode(), code.encode())]
-    if told.get(HEADER_RETRYABLE):
-        headers.append((b"retry-after", str(_RETRY_AFTER_S).encode()))
     return Answer(STATUS[code], reply.body, headers), code

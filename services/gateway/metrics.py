@@ -36,7 +36,7 @@ class Metrics:
         )
         self.held_bytes = Gauge(
             "roost_gateway_held_bytes",
-            "Bytes of request bodies in memory.",
+            "Bytes in memory of request bodies, and of answers being sent.",
             registry=self.registry,
         )
         self._stray = Counter(
@@ -49,6 +49,11 @@ class Metrics:
             "roost_gateway_rejected",
             "Requests turned away before they were published, by reason.",
             ("reason",),
+            registry=self.registry,
+        )
+        self.cancelled = Counter(
+            "roost_gateway_cancelled",
+            "Requests of clients that hung up, of which the workers were told.",
             registry=self.registry,
         )
         self._uploads = Counter(

@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from services.gateway.body import ClientGone
+from services.gateway.core.tally import Tallies
 from services.gateway.metrics import Metrics
 from shared.blobs import check_digest
 from shared.catalog import Catalog
@@ -53,12 +54,14 @@ class Registry:
         catalog: Catalog,
         store: Store,
         metrics: Metrics,
+        tallies: Tallies,
         upload_limit: int,
     ) -> None:
         self._repository = repository
         self._catalog = catalog
         self._store = store
         self._metrics = metrics
+        self._tallies = tallies
         self._upload_limit = upload_limit
         self._uploads = 0
 
@@ -112,30 +115,38 @@ class Registry:
 
         Raises `InvalidRequest` (no such file, or not a model), `AlreadyExists`."""
         digest = check_digest(registration.digest)
-        manifest = await asyncio.to_thread(
-            self._repository.register, name, version, registration.spec, digest
-        )
+        return await self.register_file(name, version, registration.spec, digest)
+
+    async def register_file(
+        self, name: str, version: int | None, spec: ModelSpec, digest: str
+    ) -> Manifest:
+        """Of a stored file; as `register`."""
+        manifest = await asyncio.to_thread(self._repository.register, name, version, spec, digest)
         log.info("model_registered", model=manifest.id, digest=digest)
-        await self._changed(name)
+        await self.changed(name)
         return manifest
 
     async def remove(self, name: str, version: int | None) -> None:
         """Removes one version, or all. Raises `ModelNotFound`."""
         await asyncio.to_thread(self._repository.remove, name, version)
         log.info("model_removed", model=name, version=version)
-        await self._changed(name)
+        await self.changed(name)
         if version is None:
             self._metrics.forget(name)
+            self._tallies.forget(name)
 
     async def follow_changes(self) -> None:
         """Forgets what other gateways changed. Never returns."""
         async for _ in self._store.hints(TOPIC_REGISTRY):
             self._catalog.invalidate(None)
 
-    async def _changed(self, name: str) -> None:
+    async def changed(self, name: str) -> bool:
+        """Tells all services that something about the model is new. Whether they could be told."""
         self._catalog.invalidate(name)
         try:
             await self._store.hint(TOPIC_REGISTRY)
         except StoreUnavailable as error:
             # The registry is not in the store: the others see it when their caches expire.
             log.warning("registry_hint_lost", error=str(error))
+            return False
+        return True

@@ -28,8 +28,11 @@ VERSION: Final = "0.1.0"
 EXTENSIONS: Final = (
     "binary_tensor_data",
     "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
     "parameters",
     "schedule_policy",
+    "statistics",
 )
 """The protocol's extensions that are there, by the names that clients look for."""
 PLATFORM: Final[dict[Format, str]] = {
@@ -57,11 +60,7 @@ class Status:
     async def metadata(self, name: str, version: int | None) -> dict[str, Any]:
         """The protocol's model metadata. Raises `ModelNotFound`."""
         manifest = await self._catalog.get(name, version)
-        versions = (
-            [version]
-            if version is not None
-            else await asyncio.to_thread(self._repository.versions, name)
-        )
+        versions = [version] if version is not None else await self.versions(name)
         batched = manifest.max_batch_size > 0
         return {
             "name": manifest.name,
@@ -70,6 +69,11 @@ class Status:
             "inputs": [_tensor(spec, batched=batched) for spec in manifest.inputs or ()],
             "outputs": [_tensor(spec, batched=batched) for spec in manifest.outputs or ()],
         }
+
+    async def versions(self, name: str) -> list[int]:
+        """Those that can be asked, ascending. Raises `ModelNotFound` when none can."""
+        await self._catalog.get(name)
+        return await asyncio.to_thread(self._repository.versions, name)
 
     async def configuration(self, name: str, version: int | None) -> dict[str, Any]:
         """Triton's ModelConfig, as far as it says something here. Raises `ModelNotFound`."""
@@ -109,23 +113,29 @@ class Status:
     async def index(self, *, ready_only: bool) -> list[dict[str, Any]]:
         """The repository index: every version of every model."""
         where = await self._where()
-        manifests, sharing = await asyncio.gather(self._catalog.ids(), self._catalog.sharing())
-        items = [_index_item(manifest, where, sharing) for manifest in manifests]
+        manifests, sharing, unloaded = await asyncio.gather(
+            self._catalog.ids(even_unloaded=True), self._catalog.sharing(), self._catalog.unloaded()
+        )
+        items = [
+            _index_item(manifest, where, sharing, unloaded=manifest.name in unloaded)
+            for manifest in manifests
+        ]
         return [item for item in items if not ready_only or item["state"] == "READY"]
 
     async def detail(self, name: str) -> dict[str, Any]:
         """All that is known of one model, by version. Raises `ModelNotFound`."""
-        await self._catalog.get(name, None)  # raises when there is none
+        await self._catalog.get(name, even_unloaded=True)  # raises when there is none
+        unloaded = name in await self._catalog.unloaded()
         versions = await asyncio.to_thread(self._repository.versions, name)
         where = await self._where()
         sharing = await self._catalog.sharing()
         found = []
         for version in versions:
-            manifest = await self._catalog.get(name, version)
+            manifest = await self._catalog.get(name, version, even_unloaded=True)
             place = (where or {}).get(manifest.id, UNPLACED)
             found.append(
                 {
-                    **_index_item(manifest, where, sharing),
+                    **_index_item(manifest, where, sharing, unloaded=unloaded),
                     "manifest": manifest,
                     "device": place.device,
                     "host": place.host,
@@ -135,6 +145,16 @@ class Status:
                 }
             )
         return {"name": name, "versions": found}
+
+    async def memory(self) -> dict[ModelId, list[dict[str, Any]]]:
+        """What each model takes of all workers' devices, as Triton's statistics tell it."""
+        return {
+            model: [
+                {"type": kind, "id": 0, "byte_size": nbytes}
+                for kind, nbytes in sorted(place.bytes_of.items())
+            ]
+            for model, place in (await self._where() or {}).items()
+        }
 
     async def _where(self) -> dict[ModelId, Placement] | None:
         """None while the store is away."""
@@ -153,6 +173,8 @@ def _index_item(
     manifest: Manifest,
     where: dict[ModelId, Placement] | None,
     sharing: Mapping[ModelId, SharedBytes],
+    *,
+    unloaded: bool,
 ) -> dict[str, Any]:
     place = (where or {}).get(manifest.id, UNPLACED)
     # A version that was registered since the bytes were counted has them to itself so far.
@@ -160,8 +182,9 @@ def _index_item(
     return {
         "name": manifest.name,
         "version": str(manifest.version),
-        "state": "READY" if place.servable else "UNAVAILABLE",
-        "reason": str(place) if where is not None else "",
+        "state": "READY" if place.servable and not unloaded else "UNAVAILABLE",
+        # Triton's own word for it.
+        "reason": "unloaded" if unloaded else str(place) if where is not None else "",
         "tiers": place.tiers,
         "size_bytes": manifest.size_bytes,
         "own_bytes": divided.own_bytes,

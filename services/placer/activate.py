@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 
 import structlog
 
@@ -29,7 +29,7 @@ from shared.broker.port import (
 )
 from shared.catalog import Catalog
 from shared.errors import Internal, InvalidRequest, ModelNotFound, RoostError, from_code
-from shared.models import Footprint, Manifest
+from shared.models import Footprint, Manifest, Profile
 from shared.names import ModelId, check_name, model_queue, split_model_id
 from shared.repository import Repository
 from shared.store.port import StoreUnavailable
@@ -129,7 +129,9 @@ class Activator:
                 new = not self._knowledge.copies(manifest.id)
                 await self.activate(manifest)
                 if new:
-                    self._metrics.reflex_seconds.observe(time.perf_counter() - began)
+                    self._metrics.reflex_seconds.labels("first").observe(
+                        time.perf_counter() - began
+                    )
                 await self._forward(manifest.id, delivery.message)
             except StoreUnavailable:
                 # No assignment can be told to anybody: the request waits here, while it can.
@@ -166,29 +168,55 @@ class Activator:
         model = manifest.id
         async with self._applier.lock(model):
             known = self._knowledge.active.get(model)
-            newest = await self._catalog.get(manifest.name)
-            if known is None or not known.declared:
-                newcomer = Active(manifest)
-                await self.look_into(newcomer)
-                newcomer.known = await self._measured(manifest, newcomer.estimate)
-                # Before anything is made for it: can it be served at all?
-                self._place(manifest, newcomer, dry=True)
-                await self._applier.open_queue(model)
-                known = self._knowledge.activate(model, manifest, why=why)
-                known.declared = True
-                known.known = {**newcomer.known, **known.known}
-                known.estimate, known.looked_into = newcomer.estimate, newcomer.looked_into
-                self._knowledge.defaults[manifest.name] = newest.version
-                self._metrics.activations.inc()
+            declared = known is not None and known.declared
+            if known is None or not declared:
+                known = await self._make_active(manifest, why)
             plan = self._place(manifest, known)
             touched = self._knowledge.commit(plan)
             self._metrics.evictions.inc(len(plan.unbind))
-        for worker in touched:
-            try:
-                await self._applier.write_one(worker)
-            except (RoostError, TimeoutError) as error:
-                # It is wanted now, and the next cycle writes it.
-                log.warning("not_applied", what="reflex", of=worker, error=str(error) or "timeout")
+            # The worker is told while the queue is made: a durable one waits for the broker's
+            # disk. The worker makes it itself if it comes first, and nothing is routed to it
+            # before it is consumed (ADR 0003).
+            async with asyncio.TaskGroup() as group:
+                for worker in touched:
+                    group.create_task(self._tell(worker))
+                error = None if declared else await self._declare(model, known)
+        if error is not None:
+            raise error
+
+    async def _make_active(self, manifest: Manifest, why: str) -> Active:
+        """Raises when it can never be served, before anything is made for it."""
+        model = manifest.id
+        newcomer = Active(manifest)
+        newest, _, profiles = await asyncio.gather(
+            self._catalog.get(manifest.name), self.look_into(newcomer), self._profiles(model)
+        )
+        newcomer.known = _sizes(manifest, newcomer.estimate, profiles)
+        self._place(manifest, newcomer, dry=True)
+        await self._applier.keep_active(model)
+        if model not in self._knowledge.active:
+            self._metrics.activations.inc()
+        known = self._knowledge.activate(model, manifest, why=why)
+        known.known = {**newcomer.known, **known.known}
+        known.estimate, known.looked_into = newcomer.estimate, newcomer.looked_into
+        self._knowledge.defaults[manifest.name] = newest.version
+        return known
+
+    async def _declare(self, model: ModelId, known: Active) -> RoostError | None:
+        """Makes the model's queue; returns why not, for who waits for it to be told."""
+        try:
+            await self._applier.declare(model)
+        except RoostError as error:
+            return error
+        known.declared = True
+        return None
+
+    async def _tell(self, worker: str) -> None:
+        try:
+            await self._applier.write_one(worker)
+        except (RoostError, TimeoutError) as error:
+            # It is wanted now, and the next cycle writes it.
+            log.warning("not_applied", what="reflex", of=worker, error=str(error) or "timeout")
 
     def _place(self, manifest: Manifest, active: Active, *, dry: bool = False) -> Plan:
         """Raises when no worker that is there can ever serve the model."""
@@ -203,24 +231,14 @@ class Activator:
                 raise from_code(refused.code, f"{manifest.id} cannot be placed: {refused.refusal}")
         return plan
 
-    async def _measured(
-        self, manifest: Manifest, estimate: Footprint | None
-    ) -> dict[str, Footprint]:
-        """What was measured of the model on the kinds of device that are there. Shares are
-        counted in whole blocks, so the weights are not less than those."""
-        shares = () if estimate is None else estimate.shares
-        least = 0 if estimate is None else estimate.weights_bytes
-        sizes = {}
+    async def _profiles(self, model: ModelId) -> dict[str, Profile]:
+        """What was measured of the model on the kinds of device that are there."""
+        found = {}
         for kind in self._knowledge.device_kinds():
-            profile = await asyncio.to_thread(self._repository.profile, manifest.id, kind)
+            profile = await asyncio.to_thread(self._repository.profile, model, kind)
             if profile is not None:
-                sizes[kind] = Footprint(
-                    max(profile.weights_bytes, least),
-                    profile.workspace_bytes,
-                    shares=shares,
-                    pinned=manifest.stateful,
-                )
-        return sizes
+                found[kind] = profile
+        return found
 
     async def _forward(self, model: ModelId, message: Message) -> None:
         queue = model_queue(model)
@@ -248,3 +266,21 @@ class Activator:
 
 
 _FAULT = Internal("the placer failed on this request; its log says why")
+
+
+def _sizes(
+    manifest: Manifest, estimate: Footprint | None, profiles: Mapping[str, Profile]
+) -> dict[str, Footprint]:
+    """By kind of device. Shares are counted in whole blocks, so the weights are not less than
+    those."""
+    shares = () if estimate is None else estimate.shares
+    least = 0 if estimate is None else estimate.weights_bytes
+    return {
+        kind: Footprint(
+            max(profile.weights_bytes, least),
+            profile.workspace_bytes,
+            shares=shares,
+            pinned=manifest.stateful,
+        )
+        for kind, profile in profiles.items()
+    }

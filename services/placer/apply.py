@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from typing import NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
 
-from services.placer.knowledge import Knowledge
+from services.placer.knowledge import Active, Knowledge
 from services.placer.lease import Lease
 from services.placer.metrics import Metrics
 from services.placer.replies import answer
@@ -31,9 +31,19 @@ log = structlog.get_logger(__name__)
 
 Name = TypeVar("Name", bound=str)
 
+
+class _Written(NamedTuple):
+    """What stands in the store for one worker."""
+
+    models: frozenset[ModelId]
+    leaving: bool = False
+    drain: bool = False
+
+
 _ANSWER_PREFETCH = 32
 _ANSWER_IDLE_S = 0.2
 _BROKER_TIMEOUT_S = 5.0
+_NOTHING = _Written(frozenset())
 _AT_ONCE = 16
 """Models whose routes or queues are changed at the same time."""
 
@@ -49,7 +59,7 @@ class Applier:
         self._lease = lease
         self._knowledge = knowledge
         self._metrics = metrics
-        self._written: dict[str, frozenset[ModelId]] = {}
+        self._written: dict[str, _Written] = {}
         self._worker_locks: dict[str, asyncio.Lock] = {}
         self._model_locks: WeakValueDictionary[ModelId, asyncio.Lock] = WeakValueDictionary()
 
@@ -68,30 +78,53 @@ class Applier:
         else:
             self._written.pop(worker, None)
 
-    def adopted(self, worker: str, models: frozenset[ModelId]) -> None:
-        """That is what stands in the store for this worker."""
-        self._written[worker] = models
+    def adopted(self, stored: Assignment) -> None:
+        """That is what stands in the store for its worker."""
+        models = frozenset(each.model for each in stored.models)
+        self._written[stored.worker] = _Written(models, stored.leaving, stored.drain)
 
-    async def follow(self) -> None:
-        """One pass over everything that differs from what is wanted."""
-        # 1. Assignments, with the routes of what loses its last binding taken away before.
-        await self.write()
-        # 2. Routes of what workers are seen to consume; of old defaults first of all.
-        await self.route()
-        # 3. Queues of what is not active any more.
-        await self.retire()
+    def told_to_end(self, worker: str) -> bool:
+        """Whether the worker was told to finish and end."""
+        written = self._written.get(worker)
+        return written is not None and written.drain
 
     async def open_queue(self, model: ModelId) -> None:
         """Makes the model's queue exist, known to the store before it does. Raises
         `StoreUnavailable`, `BrokerUnavailable`."""
+        await self.keep_active(model)
+        await self.declare(model)
+
+    async def keep_active(self, model: ModelId) -> None:
+        """From here on the next placer finds the model's queue. Raises `StoreUnavailable`."""
         await self._store.add_active(model)
+
+    async def declare(self, model: ModelId) -> None:
+        """The model must be known to the store. Raises `BrokerUnavailable`."""
         await self._broker.declare_queue(model_queue(model))
 
-    async def write(self) -> None:
+    async def write(self, workers: Iterable[str] | None = None) -> None:
+        """Assignments that differ from what is wanted, of these workers, None for all, with the
+        routes of what loses its last binding taken away before."""
         for gone in self._written.keys() - self._knowledge.assigned.keys():
             del self._written[gone]
             self._worker_locks.pop(gone, None)
-        await self._each(list(self._knowledge.assigned), self.write_one, "assignment")
+        some = self._knowledge.assigned if workers is None else workers
+        differ = [worker for worker in some if not self._stands(worker)]
+        await self._each(differ, self.write_one, "assignment")
+
+    def _stands(self, worker: str) -> bool:
+        """Whether what is wanted of the worker stands in the store: cheap, as it is asked of every
+        worker in every cycle."""
+        knowledge, written = self._knowledge, self._written.get(worker, _NOTHING)
+        wanted = knowledge.assigned.get(worker)
+        if wanted is None:
+            return True
+        leaving = worker in knowledge.leaving
+        return (
+            written.models == wanted.keys()
+            and written.leaving == leaving
+            and written.drain == (leaving and not wanted)
+        )
 
     async def write_one(self, worker: str) -> None:
         """Writes the worker's assignment if it is not what stands in the store. Raises
@@ -101,38 +134,45 @@ class Applier:
             wanted = self._knowledge.assigned.get(worker)
             if wanted is None:
                 return
-            for model in self._written.get(worker, frozenset()) - wanted.keys():
+            written = self._written.get(worker, _NOTHING)
+            for model in written.models - wanted.keys():
                 if not self._knowledge.copies(model):
                     await self._unroute(model)
             # Read after the awaits above: what was decided meanwhile goes along.
             wanted = self._knowledge.assigned.get(worker)
-            if wanted is None or self._written.get(worker) == wanted.keys():
+            if wanted is None:
+                return
+            leaving = worker in self._knowledge.leaving
+            # It ends once others have all that it had; what it still runs it finishes.
+            now = _Written(frozenset(wanted), leaving, drain=leaving and not wanted)
+            if self._written.get(worker) == now:
                 return
             if not self._lease.valid:
                 raise Unavailable("the lease is not held")
-            models = frozenset(wanted)
             generation = self._knowledge.generations.get(worker, 0) + 1
             assignment = Assignment(
                 worker=worker,
                 fence=self._lease.fence,
                 generation=generation,
                 models=tuple(Assigned(m, b.reason) for m, b in wanted.items()),
+                drain=now.drain,
+                leaving=now.leaving,
             )
             if await self._store.put_assignment(assignment):
                 self._knowledge.generations[worker] = generation
-                self._written[worker] = models
+                self._written[worker] = now
                 await self._store.hint(topic_assignment(worker))
             else:
                 await self._overruled(worker)
 
     async def route(self) -> None:
-        """Unbinds what must not lead to a queue any more, then binds what may."""
+        """Routes of what workers are seen to consume: unbinds what must not lead to a queue any
+        more, then binds what may."""
         changes = []
         for model, active in self._knowledge.active.items():
-            if not active.declared:
+            if not active.declared or self._is_routed(model, active):
                 continue
-            keys = self._routing_keys(model)
-            if active.bound_keys != keys:
+            if active.bound_keys != self._routing_keys(model):
                 changes.append(model)
         stuck = await self._each(changes, self._unbind_stale, "unbind")
         # A key that leads to two queues would have its requests answered twice.
@@ -141,9 +181,20 @@ class Applier:
         await self._each(free, self._bind_missing, "bind")
 
     async def retire(self) -> None:
+        """Queues of what is not active any more."""
         await self._each(list(self._knowledge.retiring), self._retire_one, "retire")
 
     # --- parts ------------------------------------------------------------------------------
+
+    def _is_routed(self, model: ModelId, active: Active) -> bool:
+        """Whether its keys are surely bound as they should be: cheap, as it is asked of every
+        active model in every cycle."""
+        bound, manifest = active.bound_keys, active.manifest
+        if bound is None or manifest is None or model not in bound:
+            return False
+        default = self._knowledge.defaults.get(manifest.name) == manifest.version
+        served = model in self._knowledge.consumers and self._knowledge.copies(model) > 0
+        return served and len(bound) == 1 + default
 
     def _routing_keys(self, model: ModelId) -> set[str]:
         """Keys that should lead to the model's queue: none before somebody consumes it; and
@@ -204,7 +255,7 @@ class Applier:
                 return
             gone = retiring.gone
             await self._unroute(model)
-            if any(model in models for models in self._written.values()):
+            if any(model in written.models for written in self._written.values()):
                 return  # its assignment still stands
             if gone.code is not None:
                 await self._answer_rest(queue, from_code(gone.code, gone.reason))

@@ -29,8 +29,15 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
     """First requests in hand at once; a body may have 15 MiB."""
     depth_concurrency: int = 16
     """Questions to the broker at once about what waits."""
+    depth_questions: int = 64
+    """Queues asked about in one cycle, the most urgent first: 14 ms of it (ADR 0012)."""
     registry_check_s: float = 5.0
     """How often registrations and removals are looked for when no hint came."""
+    record: str = ""
+    """A file into which a trace of what is asked is written, for `roost whatif`. Empty: none."""
+    record_max_bytes: int = 64 << 20
+    """The trace and the one before it together. A few hundred models asked in each second write
+    0.1 MB a minute: this holds some ten hours of them."""
     target_utilization: float = Policy().target_utilization
     hold_down_s: float = Policy().hold_down_s
     deactivate_after_s: float = Policy().deactivate_after_s
@@ -38,6 +45,8 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
     victim_min_age_s: float = Policy().victim_min_age_s
     retry_failed_s: float = Policy().retry_failed_s
     shrink_after_s: float = Policy().shrink_after_s
+    min_workers: int = Policy().min_workers
+    scale_to_zero_after_s: float = Policy().scale_to_zero_after_s
     """These are explained in core/policy.py."""
 
     def __post_init__(self) -> None:
@@ -50,10 +59,15 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
             raise ConfigError("ROOST_PLACER_TICK_S must be above 0 and at most 10")
         if not 0.1 <= self.target_utilization <= 1:
             raise ConfigError("ROOST_PLACER_TARGET_UTILIZATION must be from 0.1 to 1")
-        if self.unrouted_prefetch < 1 or self.depth_concurrency < 1:
+        if min(self.unrouted_prefetch, self.depth_concurrency, self.depth_questions) < 1:
             raise ConfigError(
-                "ROOST_PLACER_UNROUTED_PREFETCH and ..._DEPTH_CONCURRENCY must be 1 or more"
+                "ROOST_PLACER_UNROUTED_PREFETCH, ..._DEPTH_CONCURRENCY and ..._DEPTH_QUESTIONS "
+                "must be 1 or more"
             )
+        if self.record_max_bytes < 1 << 16:
+            raise ConfigError("ROOST_PLACER_RECORD_MAX_BYTES must be 65536 or more")
+        if self.min_workers < 0:
+            raise ConfigError("ROOST_PLACER_MIN_WORKERS must be 0 or more")
 
     def policy(self) -> Policy:
         return Policy(
@@ -65,5 +79,7 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
             victim_min_age_s=self.victim_min_age_s,
             retry_failed_s=self.retry_failed_s,
             shrink_after_s=self.shrink_after_s,
+            min_workers=self.min_workers,
+            scale_to_zero_after_s=self.scale_to_zero_after_s,
             shortest_horizon_s=self.tick_s,
         )

@@ -23,7 +23,6 @@ def explain(knowledge: Knowledge, manifest: Manifest) -> dict[str, Any]:
     state = "active" if facts is not None else "registered, nobody asks for it"
     if model in knowledge.retiring:
         state = f"being retired: {knowledge.retiring[model].gone.reason}"
-    explained = knowledge.last_plan.explained.get(model)
     active = knowledge.active.get(model)
     return {
         "model": model,
@@ -32,8 +31,10 @@ def explain(knowledge: Knowledge, manifest: Manifest) -> dict[str, Any]:
         "queue": model_queue(model) if facts is not None else None,
         "routing_keys": sorted((active.bound_keys if active else None) or ()),
         "want": 0 if facts is None else _want(view, facts, knowledge),
-        "why": explained.why if explained is not None and explained.why else None,
+        "why": _why(knowledge, model),
         "demand": None if facts is None else _demand(view, facts),
+        "last_placement": _placement(knowledge, model),
+        "move": _move(view, model),
         "workers": [
             seat
             for worker in view.workers
@@ -41,6 +42,7 @@ def explain(knowledge: Knowledge, manifest: Manifest) -> dict[str, Any]:
         ],
         "refusals": [
             {
+                "kind": no.kind,
                 "reason": no.refusal.reason,
                 "need_bytes": no.refusal.need_bytes,
                 "free_bytes": no.refusal.free_bytes,
@@ -51,6 +53,18 @@ def explain(knowledge: Knowledge, manifest: Manifest) -> dict[str, Any]:
         ],
         "events": [_event(e) for e in knowledge.events if e.model == model][-_EVENTS:],
     }
+
+
+def _why(knowledge: Knowledge, model: ModelId) -> str | None:
+    """Why it has not as many workers as it should, as far as that was looked at."""
+    put_off = knowledge.last_plan.pace.put_off.get(model)
+    if put_off is not None:
+        return (
+            f"so much is to be decided that its turn comes at one of the next cycles; it has "
+            f"waited for {knowledge.clock() - put_off:.1f} s"
+        )
+    explained = knowledge.last_plan.explained.get(model)
+    return explained.why if explained is not None and explained.why else None
 
 
 def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
@@ -72,6 +86,7 @@ def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
                 "engine_up": report.engine_up,
                 "engine_restarts": report.engine_restarts,
                 "draining": report.draining,
+                "leaving": name in knowledge.leaving,
                 "generation": report.generation,
                 "generation_written": knowledge.generations.get(name, 0),
                 "models": [_seat(view, knowledge, name, model) for model in sorted(models)],
@@ -88,6 +103,37 @@ def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
         ],
         "events": [_event(event) for event in list(knowledge.events)[-_FLEET_EVENTS:]],
     }
+
+
+def _placement(knowledge: Knowledge, model: ModelId) -> dict[str, Any] | None:
+    """Where it was last placed, and with which scores: the least is taken."""
+    placed = knowledge.placed.get(model)
+    if placed is None:
+        return None
+    return {
+        "at": placed.at,
+        "worker": placed.worker,
+        "why": placed.why,
+        "considered": [
+            {
+                "worker": each.worker,
+                "score": each.score,
+                "busy_device_seconds_per_second": each.busy,
+                "load_seconds": each.load_s,
+                "free_bytes": each.free_bytes,
+                "regret": each.regret,
+            }
+            for each in placed.considered
+        ],
+    }
+
+
+def _move(view: View, model: ModelId) -> dict[str, Any] | None:
+    """The move that the model is on, from a worker that is asked too much."""
+    for move in view.pace.moves:
+        if move.model == model and move.done is None:
+            return {"from": move.source, "to": move.target, "for_s": view.at - move.since}
+    return None
 
 
 def _want(view: View, facts: ModelView, knowledge: Knowledge) -> int:
@@ -123,6 +169,7 @@ def _seat(view: View, knowledge: Knowledge, worker: str, model: ModelId) -> dict
         "model": model,
         "assigned": binding is not None,
         "reason": None if binding is None else binding.reason,
+        "spare": binding is not None and binding.spare,
         "assigned_for_s": None if binding is None else view.at - binding.since,
         "tier": "disk" if report is None else report.tier,
         "phase": "absent" if report is None else report.phase,

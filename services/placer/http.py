@@ -17,9 +17,11 @@ from services.placer.scale import Scale
 from services.placer.term import Term
 from shared.broker.port import Broker
 from shared.catalog import Catalog
-from shared.errors import STATUS, RoostError, Unavailable
+from shared.errors import STATUS, InvalidRequest, RoostError, Unavailable
 from shared.http import metrics_route
 from shared.names import check_name, check_version
+
+_DIGITS = 7
 
 
 class PlacerHttp:
@@ -38,7 +40,9 @@ class PlacerHttp:
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
                 Route("/fleet", self._fleet),
-                Route("/scale", self._scale_wanted),
+                Route("/fleet/workers-wanted", self._workers_wanted),
+                Route("/fleet/shrink", self._shrink, methods=["POST"]),
+                Route("/fleet/workers/{worker}/drain", self._drain, methods=["POST", "DELETE"]),
                 Route("/explain/{name}", self._explain),
                 Route("/explain/{name}/{version}", self._explain),
                 metrics_route(metrics.registry),
@@ -64,16 +68,43 @@ class PlacerHttp:
     async def _fleet(self, _request: Request) -> Response:
         return _json(fleet(self._led().knowledge, self._scale.wanted, self._lease.fence))
 
-    async def _scale_wanted(self, _request: Request) -> Response:
-        wanted = self._scale.wanted
-        workers = len(self._led().knowledge.reports)
+    async def _workers_wanted(self, _request: Request) -> Response:
+        term, wanted = self._led(), self._scale.wanted
+        knowledge, ending = term.knowledge, term.ending()
+        if not self._scale.known:
+            raise Unavailable("not all workers have had the time to report yet")
         return _json(
             {
                 "workers_wanted": wanted.workers,
-                "workers": workers,
+                "workers": sorted(knowledge.reports.keys() - knowledge.leaving),
+                "leaving": sorted(knowledge.leaving - ending),
+                "ending": sorted(ending),
                 "reasons": list(wanted.reasons),
             }
         )
+
+    async def _drain(self, request: Request) -> Response:
+        """POST: the worker is to leave. DELETE: it stays after all."""
+        _refuse_pages(request)
+        term, worker = self._led(), request.path_params["worker"]
+        leaves = request.method == "POST"
+        await (term.drain(worker) if leaves else term.undrain(worker))
+        assigned = term.knowledge.assigned.get(worker, {})
+        answer = {"worker": worker, "leaving": leaves, "assigned": sorted(assigned)}
+        return _json(answer, 202 if leaves else 200)
+
+    async def _shrink(self, request: Request) -> Response:
+        """One worker fewer; `?to=N`: unless N or fewer would stay already, so that it may be
+        asked again when the answer was lost."""
+        _refuse_pages(request)
+        to = request.query_params.get("to")
+        if to is not None and not (to.isascii() and to.isdigit() and len(to) < _DIGITS):
+            raise InvalidRequest("to must be a number of workers")
+        term = self._led()
+        chosen = await term.shrink(None if to is None else int(to))
+        if chosen is None:
+            return _json({"worker": None, "why": "no more are to leave"})
+        return _json({"worker": chosen.worker, "why": chosen.why}, 202)
 
     async def _explain(self, request: Request) -> Response:
         term = self._led()
@@ -88,6 +119,12 @@ class PlacerHttp:
         if self.term is None:
             raise Unavailable("this placer stands by; another one decides")
         return self.term
+
+
+def _refuse_pages(request: Request) -> None:
+    """A page in somebody's browser may send requests here, but not without telling its origin."""
+    if "origin" in request.headers:
+        raise InvalidRequest("browsers' pages may not change the fleet")
 
 
 async def _refuse(_request: Request, error: Exception) -> Response:

@@ -9,22 +9,31 @@ Times are monotonic, but for `Event.at`, which people read.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
 import msgspec
 
+from services.placer.core.changes import Considered, Plan, Retire
+from services.placer.core.columns import Models
 from services.placer.core.demand import DemandTracker
-from services.placer.core.plan import Plan, Retire
+from services.placer.core.news import News, header, shown
 from services.placer.core.policy import Policy
-from services.placer.core.view import Binding, FleetSince, ModelView, View, WorkerView
+from services.placer.core.rooms import Room
+from services.placer.core.view import Binding, FleetSince, Pace, View, WorkerView
+from services.placer.failures import Failures
+from services.placer.picture import Active, Picture
 from shared.control import ModelReport, Report
-from shared.fit import can_be_served
-from shared.models import Footprint, Manifest
+from shared.models import Manifest
 from shared.names import ModelId, split_model_id
 
+__all__ = ["Active", "Event", "Knowledge", "Placed", "Retiring"]
+
 EVENTS_KEPT = 1000
+_NEGLIGIBLE_S = 1e-3
+"""Seconds of loading that are not worth to be remembered."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -37,33 +46,6 @@ class Event(msgspec.Struct, frozen=True):
     why: str = ""
 
 
-class Active:
-    """One active model."""
-
-    __slots__ = (
-        "bound_keys", "declared", "depth", "estimate", "known", "looked_into", "manifest",
-        "routed_at", "waiting_at",
-    )  # fmt: skip
-
-    def __init__(self, manifest: Manifest | None) -> None:
-        self.manifest = manifest
-        self.declared = False
-        """Whether its queue was declared by this placer."""
-        self.known: dict[str, Footprint] = {}
-        """Measured footprints by kind of device."""
-        self.estimate: Footprint | None = None
-        """What the repository read in its file."""
-        self.looked_into = False
-        """Whether it was asked."""
-        self.depth = 0
-        self.waiting_at: float | None = None
-        """When a request was last put into its queue while nobody consumed it."""
-        self.bound_keys: set[str] | None = None
-        """Routing keys that lead to its queue; None: not known (an earlier placer's)."""
-        self.routed_at = 0.0
-        """When its keys were last bound."""
-
-
 class Retiring(msgspec.Struct, frozen=True):
     """A model whose queue is to go."""
 
@@ -72,10 +54,13 @@ class Retiring(msgspec.Struct, frozen=True):
     """What was known of it, should it be asked again meanwhile."""
 
 
-class _Failure(msgspec.Struct):
-    incarnation: str
-    until: float
-    error: str
+class Placed(msgspec.Struct, frozen=True):
+    """A model's last placement: where, why there, and which workers were considered."""
+
+    at: float
+    worker: str
+    why: str
+    considered: tuple[Considered, ...] = ()
 
 
 class Knowledge:
@@ -96,13 +81,34 @@ class Knowledge:
         """Highest registered version by name, of active models."""
         self.generations: dict[str, int] = {}
         """Generation of the assignment last written, by worker."""
+        self.leaving: set[str] = set()
+        """Workers that were asked to leave, of those that report."""
+        self._full: dict[str, set[ModelId]] = {}
+        self._waiting: set[ModelId] = set()
+        """Active models of which something may wait in the queue."""
+        self.version = 0
+        """Grows with everything that another view would show."""
+        self.saturated: set[ModelId] = set()
+        """Models of which some worker has taken all that it may at once."""
         self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self.last_plan = Plan()
         self._copies: dict[ModelId, int] = {}
-        self._failures: dict[tuple[str, ModelId], _Failure] = {}
-        self._engine_down: dict[str, float] = {}
+        self.placed: dict[ModelId, Placed] = {}
+        """The last placement of each active model that this placer has placed."""
+        self._picture = Picture(self.tracker, policy)
+        self._failures = Failures(policy)
+        self._copied: dict[str, tuple[float, float]] = {}
+        """Seconds of loading given to a worker, decaying, as of when."""
+        self._views: dict[str, WorkerView] = {}
+        """As last made, of workers of which nothing has changed since."""
+        self._rooms: dict[str, Room] = {}
+        """Likewise, of workers where neither sizes nor the assignment have changed."""
+        self._shares: dict[str, bool] = {}
+        self._measured: set[ModelId] = set()
+        """Models of which a size was learnt."""
         self._low_since: dict[ModelId, float] = {}
         self._fleet_since = FleetSince()
+        self._pace = Pace()
 
     def __repr__(self) -> str:
         return (
@@ -123,27 +129,51 @@ class Knowledge:
         before, self.reports = self.reports, {report.worker: report for report in reports}
         for gone in before.keys() - self.reports.keys():
             self._lose(gone)
-        for worker, report in self.reports.items():
-            if before.get(worker) is not report:
-                self.reported[worker] = {model.model: model for model in report.models}
-            self._note_engine(report, now)
-            self._note_failures(report, now)
-        for model, depth in depths.items():
+        news = self.tracker.observe(self.reports.values(), {}, now)
+        for worker in self._failures.workers():
+            if worker not in news:
+                self._note_failures(self.reports[worker], now)
+        for worker, new in news.items():
+            self._take(self.reports[worker], before.get(worker), new, now)
+        self._resized(self._measured)
+        self._measured = set()
+        self.see_depths(depths, asked_at)
+        for model in self._waiting & self.consumers.keys():
             active = self.active.get(model)
             if active is not None:
-                active.depth = depth
-                if not depth and active.waiting_at is not None and active.waiting_at < asked_at:
-                    active.waiting_at = None
-        self._find_consumers()
-        self._learn_sizes()
-        known = {model: active.depth for model, active in self.active.items()}
-        self.tracker.observe(self.reports.values(), known, now)
+                active.waiting_at = None
+        self.saturated = {model for models in self._full.values() for model in models}
+        self.version += 1
 
-    def adopt(self, worker: str, models: dict[ModelId, str], generation: int) -> None:
+    def see_depths(self, depths: dict[ModelId, int], asked_at: float) -> None:
+        """What waits in these models' queues, as asked for at `asked_at` or later."""
+        now = self.clock()
+        self.version += 1
+        for model, depth in depths.items():
+            active = self.active.get(model)
+            if active is None:
+                continue
+            active.depth = depth
+            if depth:
+                self._waiting.add(model)
+                self.tracker.touch(model, now)
+                if active.backlog_since is None:
+                    active.backlog_since = asked_at
+                continue
+            active.backlog_since = None
+            if active.waiting_at is not None and active.waiting_at < asked_at:
+                active.waiting_at = None
+
+    def adopt(
+        self, worker: str, models: dict[ModelId, str], generation: int, *, leaving: bool = False
+    ) -> None:
         """Takes what stands for a worker that was not known: its stored assignment, or what
         it has bound. Models that are not active must be activated before."""
         now = self.clock()
         self.assigned[worker] = {}
+        if leaving:
+            self.leaving.add(worker)
+            self._views.pop(worker, None)
         for model, reason in models.items():
             if model in self.active:
                 self._put(worker, model, Binding(now, reason))
@@ -172,6 +202,22 @@ class Knowledge:
     def device_kinds(self) -> set[str]:
         return {report.device_kind for report in self.reports.values() if report.device_kind}
 
+    # --- who leaves -------------------------------------------------------------------------
+
+    def leave(self, worker: str, why: str) -> None:
+        """The worker, which must report, is to leave once others have what it has."""
+        if worker not in self.leaving:
+            self.leaving.add(worker)
+            self._views.pop(worker, None)
+            self.note("worker leaves", worker=worker, why=why)
+
+    def stay(self, worker: str) -> None:
+        """Takes that back."""
+        if worker in self.leaving:
+            self.leaving.remove(worker)
+            self._views.pop(worker, None)
+            self.note("worker stays", worker=worker)
+
     # --- what is active ---------------------------------------------------------------------
 
     def activate(self, model: ModelId, manifest: Manifest | None, *, why: str) -> Active:
@@ -180,6 +226,8 @@ class Knowledge:
         if active is None:
             retiring = self.retiring.pop(model, None)
             active = self.active[model] = Active(manifest) if retiring is None else retiring.active
+            self._waiting.add(model)
+            self.version += 1
             self.tracker.touch(model, self.clock())
             self.note("activated", model, why=why)
         if active.manifest is None:
@@ -192,18 +240,23 @@ class Knowledge:
         if active is not None:
             now = self.clock()
             self.tracker.touch(model, now)
+            self.version += 1
             if model not in self.consumers:
                 active.waiting_at = now
+                self._waiting.add(model)
 
     def retire(self, gone: Retire) -> None:
         """Takes the model from all workers and out of what is active."""
-        for worker in self.assigned:
+        for worker in self.assigned if self.copies(gone.model) else ():
             self._drop(worker, gone.model)
         active = self.active.pop(gone.model, None)
         if active is not None:
+            self.version += 1
             active.waiting_at = None
+            active.base = None  # its row goes: should it come back, it is new to the picture
             self.retiring[gone.model] = Retiring(gone, active)
             self._low_since.pop(gone.model, None)
+            self.placed.pop(gone.model, None)
             self.note("retired", gone.model, why=gone.reason)
 
     def forget(self, model: ModelId) -> None:
@@ -219,21 +272,31 @@ class Knowledge:
     # --- what is decided --------------------------------------------------------------------
 
     def view(self, newcomer: tuple[ModelId, Active] | None = None) -> View:
-        """A snapshot to decide on; with `newcomer` as if that were active."""
+        """A snapshot to decide on; with `newcomer` as if that were active. Costs what changed,
+        and a few operations on whole columns."""
         now = self.clock()
-        models = {
-            model: self._model_view(model, active, now) for model, active in self.active.items()
-        }
-        if newcomer is not None and newcomer[0] not in models:
-            models[newcomer[0]] = self._model_view(*newcomer, now)
+        warm = {model: self.is_default(model) for model in self._picture.warm}
+        self._resized(set(self._picture.refresh(self.active, warm, now)))
+        if newcomer is None or newcomer[0] in self.active:
+            models = self._picture.models(self._asked(), self._low_since)
+        else:
+            models = self._picture.models_with(*newcomer, self._asked(), self._low_since, now)
+        workers = {}
+        for worker, report in self.reports.items():
+            seen = self._views.get(worker)
+            if seen is None:
+                seen = self._worker_view(worker, report, models, now)
+                if not self._failures.engine_down(worker):
+                    self._views[worker] = seen
+            if worker in self._copied:
+                seen = msgspec.structs.replace(seen, copied_s=self._copied_s(worker, now))
+            workers[worker] = seen
         return View(
             at=now,
-            workers={
-                worker: self._worker_view(worker, report, now)
-                for worker, report in self.reports.items()
-            },
+            workers=workers,
             models=models,
             fleet_since=self._fleet_since,
+            pace=self._pace,
         )
 
     def commit(self, plan: Plan) -> set[str]:
@@ -246,7 +309,11 @@ class Knowledge:
                 self.note("unassigned", gone.model, gone.worker, gone.reason)
         for new in plan.bind:
             if new.worker in self.assigned and new.model in self.active:
-                self._put(new.worker, new.model, Binding(now, new.reason))
+                self._put(new.worker, new.model, Binding(now, new.reason, new.spare))
+                self.placed[new.model] = Placed(time.time(), new.worker, new.reason, new.considered)
+                if new.load_s:
+                    copied = self._copied_s(new.worker, now) + new.load_s
+                    self._copied[new.worker] = (copied, now)
                 touched.add(new.worker)
                 self.note("assigned", new.model, new.worker, new.reason)
         for retired in plan.retire:
@@ -265,109 +332,125 @@ class Knowledge:
         self.last_plan = plan
         self._low_since = dict(plan.low_since)
         self._fleet_since = plan.fleet_since
+        self._pace = plan.pace
 
     # --- parts ------------------------------------------------------------------------------
+
+    def _asked(self) -> dict[ModelId, Active]:
+        """Models of which something waits in the queue, as far as is known."""
+        for model in list(self._waiting):
+            active = self.active.get(model)
+            if active is None or not (active.depth or active.waiting_at is not None):
+                self._waiting.remove(model)
+        return {model: self.active[model] for model in self._waiting}
 
     def _put(self, worker: str, model: ModelId, binding: Binding) -> None:
         models = self.assigned[worker]
         if model not in models:
             self._copies[model] = self._copies.get(model, 0) + 1
         models[model] = binding
+        self.version += 1
+        self._views.pop(worker, None)
+        self._rooms.pop(worker, None)
 
     def _drop(self, worker: str, model: ModelId) -> bool:
         if self.assigned.get(worker, {}).pop(model, None) is None:
             return False
+        self.version += 1
+        self._views.pop(worker, None)
+        self._rooms.pop(worker, None)
         self._copies[model] -= 1
         if not self._copies[model]:
             del self._copies[model]
         return True
 
-    def _find_consumers(self) -> None:
-        self.consumers = {}
-        for worker, models in self.reported.items():
-            for model, report in models.items():
-                if report.bound:
-                    self.consumers.setdefault(model, []).append(worker)
-        for model in self.consumers:
-            active = self.active.get(model)
-            if active is not None:
-                active.waiting_at = None
+    def _take(self, report: Report, before: Report | None, news: News, now: float) -> None:
+        """A report that is new."""
+        worker = report.worker
+        self.reported[worker] = news.models
+        resized, seen = bool(news.gone), before is None or header(before) != header(report)
+        full = self._full.get(worker, set[ModelId]())
+        for was, told in news.changed:
+            if was is None or was.bound != told.bound:
+                self._note_bound(worker, told.model, bound=told.bound)
+            if was is None or was.footprint != told.footprint:
+                resized = True
+                self._learn_size(report, told)
+            if told.bound and told.saturated:
+                full.add(told.model)
+            else:
+                full.discard(told.model)
+            if not seen:
+                seen = was is None or shown(was) != shown(told)
+        for was in news.gone:
+            self._note_bound(worker, was.model, bound=False)
+            full.discard(was.model)
+        if full:
+            self._full[worker] = full
+        else:
+            self._full.pop(worker, None)
+        self._note_failures(report, now)
+        if resized:
+            self._rooms.pop(worker, None)
+            self._shares.pop(worker, None)
+        if resized or seen:
+            self._views.pop(worker, None)
+
+    def _note_bound(self, worker: str, model: ModelId, *, bound: bool) -> None:
+        consumers = self.consumers.setdefault(model, [])
+        if bound and worker not in consumers:
+            consumers.append(worker)
+        elif not bound and worker in consumers:
+            consumers.remove(worker)
+        if not consumers:
+            del self.consumers[model]
 
     def _lose(self, worker: str) -> None:
         for model in list(self.assigned.get(worker, ())):
             self._drop(worker, model)
-        self.reported.pop(worker, None)
+        for model in self.reported.pop(worker, {}):
+            self._note_bound(worker, model, bound=False)
         self.assigned.pop(worker, None)
         self.generations.pop(worker, None)
-        self._engine_down.pop(worker, None)
-        for key in [key for key in self._failures if key[0] == worker]:
-            del self._failures[key]
+        for kept in (self._copied, self._views, self._rooms,
+                     self._shares, self._full):  # fmt: skip
+            kept.pop(worker, None)
+        self._failures.forget(worker)
+        self.leaving.discard(worker)
         self.note("worker left", worker=worker, why="no report any more")
 
-    def _note_engine(self, report: Report, now: float) -> None:
-        if report.engine_up:
-            self._engine_down.pop(report.worker, None)
-        else:
-            self._engine_down.setdefault(report.worker, now)
-
     def _note_failures(self, report: Report, now: float) -> None:
-        for key, failure in list(self._failures.items()):
-            if key[0] == report.worker and (
-                failure.until <= now or failure.incarnation != report.incarnation
-            ):
-                del self._failures[key]
-        wanted = self.assigned.get(report.worker, {})
-        failed = [m for m in report.models if m.phase == "failed" and m.model in wanted]
-        if not failed or report.generation < self.generations.get(report.worker, 0):
-            return  # it speaks of an assignment that was changed since
-        sizes = [m.footprint for m in report.models if m.model in wanted]
-        if not can_be_served(sizes, report.budget_bytes, report.host_budget_bytes):
-            return  # it was measured larger than planned with: the plan makes room, or moves it
-        for model in failed:
-            self._failures[report.worker, model.model] = _Failure(
-                report.incarnation, now + self.policy.retry_failed_s, model.error or "no reason"
-            )
+        worker = report.worker
+        wanted, generation = self.assigned.get(worker, {}), self.generations.get(worker, 0)
+        if self._failures.note(report, wanted, generation, now):
+            self._views.pop(worker, None)
 
-    def _learn_sizes(self) -> None:
+    def _learn_size(self, report: Report, told: ModelReport) -> None:
         """What one worker measured holds for others of its kind, also after it is gone."""
-        for worker, models in self.reported.items():
-            kind = self.reports[worker].device_kind
-            for model, report in models.items():
-                active = self.active.get(model)
-                if active is not None and report.footprint.measured:
-                    active.known[kind] = report.footprint
+        active = self.active.get(told.model)
+        if active is None or not told.footprint.measured:
+            return
+        kind = report.device_kind
+        if active.known.get(kind) != told.footprint:
+            active.known[kind] = told.footprint
+            self._measured.add(told.model)
 
-    def _model_view(self, model: ModelId, active: Active, now: float) -> ModelView:
-        manifest = active.manifest
-        target_s = 0.1 if manifest is None else manifest.target_ms / 1000
-        demand = self.tracker.demand(model, active.depth, target_s, now)
-        if manifest is None:
-            return ModelView(
-                model=model,
-                demand=demand,
-                waiting=active.waiting_at is not None,
-                known=active.known,
-                load_seconds=self.tracker.load_seconds(model),
-                low_since=self._low_since.get(model),
-            )
-        return ModelView(
-            model=model,
-            size_bytes=manifest.size_bytes,
-            # An older version is not kept warm: the default one is what most clients mean.
-            min_copies=manifest.min_copies if self.is_default(model) else 0,
-            max_copies=manifest.max_copies,
-            stateful=manifest.stateful,
-            priority=manifest.priority,
-            demand=demand,
-            waiting=active.waiting_at is not None,
-            known=active.known,
-            estimate=active.estimate,
-            load_seconds=self.tracker.load_seconds(model),
-            low_since=self._low_since.get(model),
-        )
+    def _resized(self, changed: set[ModelId]) -> None:
+        """These models may take another room than was thought, wherever they are."""
+        for worker, models in self.reported.items() if changed else ():
+            assigned = self.assigned.get(worker, {})
+            if not (changed.isdisjoint(models) and changed.isdisjoint(assigned)):
+                for kept in (self._views, self._rooms, self._shares):
+                    kept.pop(worker, None)
 
-    def _shares(self, worker: str) -> bool:
+    def _sharing(self, worker: str) -> bool:
         """A worker that has models with common parts, and shares none, is not set to share."""
+        known = self._shares.get(worker)
+        if known is None:
+            known = self._shares[worker] = self._seems_to_share(worker)
+        return known
+
+    def _seems_to_share(self, worker: str) -> bool:
         apart = False
         for model, report in self.reported.get(worker, {}).items():
             if report.footprint.shares:
@@ -377,22 +460,39 @@ class Knowledge:
             apart = apart or bool(common and report.footprint.weights_bytes)
         return not apart
 
-    def _worker_view(self, worker: str, report: Report, now: float) -> WorkerView:
-        down_since = self._engine_down.get(worker)
-        down_long = down_since is not None and now - down_since >= self.policy.engine_grace_s
-        return WorkerView(
+    def _copied_s(self, worker: str, now: float) -> float:
+        seconds, at = self._copied.get(worker, (0.0, now))
+        left = seconds * math.exp(-(now - at) / self.policy.load_window_s)
+        if left < _NEGLIGIBLE_S:
+            self._copied.pop(worker, None)
+            return 0.0
+        return left
+
+    def _worker_view(self, worker: str, report: Report, models: Models, now: float) -> WorkerView:
+        down_long = self._failures.engine_down_long(worker, now)
+        leaving = worker in self.leaving
+        reported = self.reported.get(worker, {})
+        room = self._rooms.get(worker)
+        if room is not None:
+            room.follow(reported)  # it tells the same sizes, or the room would be gone
+        seen = WorkerView(
             worker=worker,
             device_kind=report.device_kind,
             budget_bytes=report.budget_bytes if report.engine_up else 0,
             host_bytes=report.host_budget_bytes if report.engine_up else 0,
-            takes_new=report.engine_up and not report.draining,
-            serves=not (report.draining or down_long),
-            assigned=dict(self.assigned.get(worker, {})),
-            reported=self.reported.get(worker, {}),
-            shares=self._shares(worker),
-            failed={
-                model: failure.error
-                for (name, model), failure in self._failures.items()
-                if name == worker
-            },
+            takes_new=report.engine_up and not report.draining and not leaving,
+            serves=not (report.draining or down_long or leaving),
+            leaving=leaving,
+            # As it was for the room, while that holds.
+            assigned=dict(self.assigned.get(worker, {})) if room is None else room.assigned,
+            reported=reported,
+            shares=self._sharing(worker),
+            failed=self._failures.of(worker),
+            labels={"worker": worker, "device_kind": report.device_kind, **report.labels},
+            slowness=self.tracker.slowness(worker),
+            room=room,
         )
+        if room is None:
+            room = self._rooms[worker] = Room(seen, models, models.columns.row)
+            seen = msgspec.structs.replace(seen, room=room)
+        return seen

@@ -31,11 +31,28 @@ class Metrics:
             "roost_placer_tick_seconds", "Seconds of one cycle: observe, plan, verify, apply."
         )
         self.plan_seconds = histogram("roost_placer_plan_seconds", "Seconds of the decision alone.")
-        self.reflex_seconds = histogram(
+        self.reflex_seconds = Histogram(
             "roost_placer_reflex_seconds",
-            "Seconds from a first request's receipt until its model's assignment was written.",
+            "Seconds from a first request's receipt (first), or from the begin of the cycle that a "
+            "worker's news woke (starving), until the model's assignment was written.",
+            ("kind",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.depth_questions = counter(
+            "roost_placer_depth_questions", "Questions to the broker about what waits in a queue."
+        )
+        self.depths_put_off = gauge(
+            "roost_placer_depths_put_off", "Queues to ask about that had to wait for another cycle."
+        )
+        self.put_off = gauge(
+            "roost_placer_put_off", "Models whose turn to be planned comes at the next cycle."
         )
         self.workers_wanted = gauge("roost_workers_wanted", "Workers that the fleet should have.")
+        self.workers_wanted_reason = gauge(
+            "roost_workers_wanted_reason", "1 for each reason of that number.", "reason"
+        )
+        self.leaving = gauge("roost_placer_leaving_workers", "Workers that were asked to leave.")
         self.workers = gauge("roost_placer_workers", "Workers that report.")
         self.leading = gauge("roost_placer_leading", "1 while this placer holds the lease.")
         self.active = gauge("roost_placer_active_models", "Models that have a queue.")

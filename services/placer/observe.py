@@ -1,7 +1,8 @@
 """What the placer looks at in each cycle: reports from the store, depths from the broker.
 
-The cost is that of what is active, never of what is registered: only the broker knows what
-waits where a consumer's window is full or nobody consumes, and only there it is asked.
+The cost is that of what is active, never of what is registered, and bounded besides: only the
+broker knows what waits where a consumer's window is full or nobody consumes, and only there it
+is asked, so many queues at a look (ADR 0012).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import asyncio
 
 import structlog
 
-from services.placer.core.view import asks_for_depth
+from services.placer.core.depths import DepthQuestions
 from services.placer.knowledge import Knowledge
+from services.placer.metrics import Metrics
 from shared.broker.port import Broker, BrokerUnavailable
 from shared.control import Report
 from shared.errors import RoostError
@@ -26,10 +28,15 @@ _TIMEOUT_S = 2.0
 class Observer:
     """Asks the store and the broker."""
 
-    def __init__(self, broker: Broker, store: Store, concurrency: int) -> None:
+    def __init__(
+        self, broker: Broker, store: Store, metrics: Metrics, *, concurrency: int, limit: int
+    ) -> None:
+        """`concurrency`: questions to the broker at once; `limit`: in one look."""
         self._broker = broker
         self._store = store
+        self._metrics = metrics
         self._room = asyncio.Semaphore(concurrency)
+        self._questions = DepthQuestions(limit)
 
     async def reports(self) -> list[Report]:
         """Raises `StoreUnavailable`."""
@@ -40,14 +47,24 @@ class Observer:
         return await self._store.epoch()
 
     async def depths(self, knowledge: Knowledge) -> dict[ModelId, int]:
-        """What waits in the queues of which only the broker knows. What could not be asked is
-        left out."""
-        models = asks_for_depth(knowledge.view())
+        """What waits in queues of which only the broker knows, the most urgent of them. What
+        could not be asked is left out."""
         found: dict[ModelId, int] = {}
-        if models and self._broker.connected:
-            async with asyncio.TaskGroup() as group:
-                for model in models:
-                    group.create_task(self._depth(model, found))
+        if not self._broker.connected:
+            return found
+        urgent, others = [], []
+        for model, active in knowledge.active.items():
+            consumed = model in knowledge.consumers
+            if model in knowledge.saturated or active.waiting_at is not None:
+                urgent.append(model)
+            elif active.depth or not consumed:
+                others.append(model)
+        asked = self._questions.choose(urgent, others)
+        self._metrics.depth_questions.inc(len(asked))
+        self._metrics.depths_put_off.set(len(urgent) + len(others) - len(asked))
+        async with asyncio.TaskGroup() as group:
+            for model in asked:
+                group.create_task(self._depth(model, found))
         return found
 
     async def depth(self, model: ModelId) -> int | None:

@@ -82,6 +82,8 @@ class Recovery:
                 await self._adopt(report)
             elif before.incarnation != report.incarnation:
                 # Back before anybody missed it. If its end was orderly, its assignment is gone.
+                if self._applier.told_to_end(report.worker):
+                    self._knowledge.stay(report.worker)  # it did, and this is another one
                 self._applier.forget_written(report.worker)
         return reports
 
@@ -157,9 +159,9 @@ class Recovery:
         # After a loss of the store the worker may follow a higher generation than what stands
         # there: a lower one would not be told from what it follows.
         generation = max(report.generation, 0 if stored is None else stored.generation)
-        knowledge.adopt(worker, keep, generation)
+        knowledge.adopt(worker, keep, generation, leaving=stored is not None and stored.leaving)
         if stored is not None:
-            self._applier.adopted(worker, frozenset(models))
+            self._applier.adopted(stored)
 
     async def _activate(self, models: set[ModelId], why: str) -> None:
         """Makes them active. Their queues are not declared: they should be there, workers

@@ -4,22 +4,26 @@ that nothing that was known before another placer decided is believed after."""
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import structlog
 
 from services.placer.activate import Activator
 from services.placer.apply import Applier
 from services.placer.config import PlacerConfig
+from services.placer.core.wanted import LetGo, cheapest_to_let_go
 from services.placer.cycle import Cycle
 from services.placer.knowledge import Knowledge
 from services.placer.lease import Lease
 from services.placer.metrics import Metrics
 from services.placer.observe import Observer
+from services.placer.record import Recorder
 from services.placer.recover import Recovery
 from services.placer.registry import RegistryFollower
 from services.placer.scale import Scale
 from shared.broker.port import Broker, BrokerUnavailable, Consumer, Delivery, QueueMissing
 from shared.catalog import Catalog
+from shared.errors import ModelNotFound, Unavailable
 from shared.names import UNROUTED
 from shared.repository import Repository
 from shared.store.port import Store, StoreUnavailable
@@ -45,7 +49,13 @@ class Term:
         self.knowledge = Knowledge(config.policy())
         self._config = config
         self._broker = broker
-        self._observer = Observer(broker, store, config.depth_concurrency)
+        self._observer = Observer(
+            broker,
+            store,
+            metrics,
+            concurrency=config.depth_concurrency,
+            limit=config.depth_questions,
+        )
         self._applier = Applier(broker, store, lease, self.knowledge, metrics)
         self._recovery = Recovery(
             broker,
@@ -56,6 +66,10 @@ class Term:
             self._applier,
             grace_s=2 * config.heartbeat_s,
         )
+        self._recorder = None
+        if config.record:
+            path, limit = Path(config.record), config.record_max_bytes
+            self._recorder = Recorder(path, limit, repository.profile)
         self._cycle = Cycle(
             store,
             lease,
@@ -66,6 +80,7 @@ class Term:
             scale,
             metrics,
             config.tick_s,
+            self._recorder,
         )
         self._activator = Activator(
             broker, catalog, repository, self.knowledge, self._applier, metrics
@@ -93,7 +108,55 @@ class Term:
         finally:
             await self._end()
 
+    # --- who leaves -------------------------------------------------------------------------
+
+    async def drain(self, worker: str) -> None:
+        """Lets the worker go once others have what it has. Idempotent. Returns when the store
+        knows, so that the next placer would; raises `Unavailable` otherwise, `ModelNotFound`
+        when no such worker reports."""
+        self._known(worker)
+        self.knowledge.leave(worker, "somebody asked for it")
+        await self._keep(worker)
+
+    async def undrain(self, worker: str) -> None:
+        """Takes that back, unless the worker was told to end already. Raises as `drain`."""
+        self._known(worker)
+        if worker in self.ending():
+            raise Unavailable(f"worker {worker} has been told to end; start another one")
+        self.knowledge.stay(worker)
+        await self._keep(worker)
+
+    def ending(self) -> set[str]:
+        """Workers that have nothing any more, and were told to end."""
+        return {name for name in self.knowledge.leaving if self._applier.told_to_end(name)}
+
+    async def shrink(self, to: int | None) -> LetGo | None:
+        """Lets go of the worker that is missed least, unless `to` (by default the fewest there
+        may be) or fewer would stay already. Returns it. Raises `Unavailable`."""
+        if self._recovery.in_grace:
+            raise Unavailable("not all workers have had the time to report yet")
+        knowledge = self.knowledge
+        staying = knowledge.reports.keys() - knowledge.leaving
+        if len(staying) <= (knowledge.policy.min_workers if to is None else to):
+            return None
+        chosen = cheapest_to_let_go(knowledge.view())
+        if chosen is not None:
+            knowledge.leave(chosen.worker, chosen.why)
+            await self._keep(chosen.worker)
+        return chosen
+
     # --- parts ------------------------------------------------------------------------------
+
+    def _known(self, worker: str) -> None:
+        if worker not in self.knowledge.reports:
+            raise ModelNotFound(f"no worker {worker!r} reports")
+
+    async def _keep(self, worker: str) -> None:
+        try:
+            await self._applier.write_one(worker)
+        except TimeoutError as error:
+            raise Unavailable("the broker does not answer; it is tried again") from error
+        self._cycle.wake()
 
     async def _begin(self) -> None:
         backoff = Backoff(0.1, 2.0)
@@ -141,5 +204,7 @@ class Term:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._activator.close()
+        if self._recorder is not None:
+            await self._recorder.close()
         if consumer is not None:
             await consumer.close()

@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from shared.control import Assignment, Report
 from shared.names import ModelId
@@ -32,6 +32,7 @@ class MemoryState:
         """Tests set it to False: every call then raises `StoreUnavailable`."""
         self._last_fence = 0
         self._listeners: list[tuple[frozenset[str], asyncio.Queue[str]]] = []
+        self.note_listeners: list[tuple[str, asyncio.Queue[bytes]]] = []
         self.flush()
 
     def flush(self) -> None:
@@ -41,6 +42,7 @@ class MemoryState:
         self.assignments: dict[str, Assignment] = {}
         self.assignments_until: dict[str, float] = {}
         self.active: set[ModelId] = set()
+        self.tallies: dict[str, tuple[float, dict[ModelId, bytes]]] = {}
         self.lease: tuple[str, int, float] | None = None
 
     def next_fence(self) -> int:
@@ -129,6 +131,36 @@ class MemoryStore:
                 yield await queue.get()
         finally:
             self._state.unlisten(queue)
+
+    async def note(self, topic: str, data: bytes) -> None:
+        for wanted, queue in self._reach().note_listeners:
+            if wanted == topic:
+                queue.put_nowait(data)
+
+    async def notes(self, topic: str) -> AsyncIterator[bytes]:
+        entry = (topic, asyncio.Queue[bytes]())
+        self._state.note_listeners.append(entry)
+        try:
+            while True:
+                yield await entry[1].get()
+        finally:
+            self._state.note_listeners.remove(entry)
+
+    async def put_tallies(
+        self, gateway: str, tallies: Mapping[ModelId, bytes], ttl_s: float
+    ) -> None:
+        state = self._reach()
+        _, present = state.tallies.get(gateway, (0.0, {}))
+        state.tallies[gateway] = (state.now() + ttl_s, {**present, **tallies})
+
+    async def tallies(self, models: Sequence[ModelId]) -> dict[str, dict[ModelId, bytes]]:
+        state = self._reach()
+        now = state.now()
+        state.tallies = {g: entry for g, entry in state.tallies.items() if entry[0] > now}
+        return {
+            gateway: {model: counted[model] for model in models if model in counted}
+            for gateway, (_, counted) in state.tallies.items()
+        }
 
     async def acquire_lease(self, holder: str, ttl_s: float) -> int | None:
         state = self._reach()

@@ -10,7 +10,7 @@ store lost everything.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from shared.control import Assignment, Report
@@ -55,6 +55,22 @@ class Store(Protocol):
         """Yields the topic at each hint. After a reconnect each topic is yielded once, since
         hints may have been lost meanwhile. Never raises `StoreUnavailable`; retries."""
 
+    # notes: word to all who listen at this moment, and to nobody later
+    async def note(self, topic: str, data: bytes) -> None:
+        """Tells `data` to all that listen to `topic`. May be lost: nothing may depend on it."""
+
+    def notes(self, topic: str) -> AsyncIterator[bytes]:
+        """Yields each note. Never raises `StoreUnavailable`; retries."""
+
+    # tallies: what each gateway has counted of a model, so that any can tell the sum
+    async def put_tallies(
+        self, gateway: str, tallies: Mapping[ModelId, bytes], ttl_s: float
+    ) -> None:
+        """Replaces those of these models; all of the gateway's go `ttl_s` after its last call."""
+
+    async def tallies(self, models: Sequence[ModelId]) -> dict[str, dict[ModelId, bytes]]:
+        """By gateway, what there is of `models`."""
+
     # the placer's lease
     async def acquire_lease(self, holder: str, ttl_s: float) -> int | None:
         """The fence when `holder` has the lease now (again, with the same fence, when it held
@@ -74,7 +90,9 @@ class Store(Protocol):
 TOPIC_REPORTS = "reports"
 """Hinted when a report carries news that should not wait for the next tick."""
 TOPIC_REGISTRY = "registry"
-"""Hinted when a model was registered or removed."""
+"""Hinted when a model was registered or removed, loaded or unloaded."""
+TOPIC_CANCELLED = "cancelled"
+"""Noted when clients hung up: requests that need not run any more (shared/cancels.py)."""
 
 
 def topic_assignment(worker: str) -> str:

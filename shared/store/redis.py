@@ -6,6 +6,8 @@ Keys (all under one prefix; `{w:<id>}` keeps what one script touches in one clus
     <prefix>{w:<id>}:report          string a report, msgpack, with PX
     <prefix>{w:<id>}:assignment      hash   fence, generation, body, with PEXPIRE: renewed by
                                             each writing of it and of the worker's report
+    <prefix>gateways                 zset   gateway → Unix ms until which its tallies count
+    <prefix>{g:<id>}:tallies         hash   model → what this gateway counted, with PEXPIRE
     <prefix>{pl}:lease               string holder, with PX
     <prefix>{pl}:fence               hash   last, holder
     <prefix>{pl}:active              set    model ids whose queues exist
@@ -22,10 +24,9 @@ import contextlib
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import structlog
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -79,6 +80,8 @@ return 1
 _TIMEOUT_S = 2.0
 """For one command. A store that does not answer for so long counts as away; whoever asked
 goes on with what is known, and asks again."""
+_DECODED_AT_ONCE = 256
+"""Reports of a large fleet do not hold up whoever shares the event loop."""
 
 
 class RedisStore:
@@ -98,6 +101,8 @@ class RedisStore:
             "socket_keepalive": True,
             "health_check_interval": 15,
         }
+        self._decoded: dict[str, tuple[bytes, Report]] = {}
+        """Reports as read last, by worker."""
         self._redis: Redis = Redis(
             connection_pool=BlockingConnectionPool.from_url(
                 url, max_connections=16, timeout=_TIMEOUT_S, **options
@@ -152,14 +157,23 @@ class RedisStore:
             pipe.get(self._worker_key(worker, "report"))
         found = []
         gone = []
-        for worker, data in zip(workers, await self._call(pipe.execute()), strict=True):
+        before, decoded = self._decoded, dict[str, tuple[bytes, Report]]()
+        stored = await self._call(pipe.execute())
+        for number, (worker, data) in enumerate(zip(workers, stored, strict=True)):
+            if number % _DECODED_AT_ONCE == _DECODED_AT_ONCE - 1:
+                await asyncio.sleep(0)
             if data is None:
                 gone.append(worker)
                 continue
+            known = before.get(worker)
             try:
-                found.append(control.decode_report(data))
-            except (msgspec.MsgspecError, RecursionError) as error:
+                # The same bytes are the same object: who looks often need not compare.
+                report = known[1] if known and known[0] == data else control.decode_report(data)
+                decoded[worker] = (data, report)
+                found.append(report)
+            except (ValueError, RecursionError) as error:  # msgspec's, and no UTF-8
                 log.warning("report_undecodable", worker=worker, error=str(error))
+        self._decoded = decoded
         if gone:
             # Members outlive their reports; those long past are dropped from the set. One that
             # reports at this very moment puts itself back with its next heartbeat.
@@ -192,7 +206,7 @@ class RedisStore:
             return None
         try:
             return control.decode_assignment(data)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             log.warning("assignment_undecodable", worker=worker, error=str(error))
             return None
 
@@ -203,21 +217,71 @@ class RedisStore:
 
     async def hints(self, *topics: str) -> AsyncIterator[str]:
         channels = {self._key(f"hint:{topic}").encode(): topic for topic in topics}
+        names = [name.decode() for name in channels]
+        async with contextlib.aclosing(self._listen(names)) as messages:
+            async for message in messages:
+                # A "subscribe" message comes at the start and after each silent reconnect of
+                # the client: hints may have been lost before it.
+                if message["type"] in {"message", "subscribe"}:
+                    yield channels[message["channel"]]
+
+    async def note(self, topic: str, data: bytes) -> None:
+        await self._call(self._redis.publish(self._key(f"note:{topic}"), data))
+
+    async def notes(self, topic: str) -> AsyncIterator[bytes]:
+        async with contextlib.aclosing(self._listen([self._key(f"note:{topic}")])) as messages:
+            async for message in messages:
+                if message["type"] == "message":
+                    yield message["data"]
+
+    async def _listen(self, names: list[str]) -> AsyncGenerator[dict[str, Any], None]:
         pause_s = 0.05
         while True:
             try:
                 async with self._listener.pubsub() as pubsub:
-                    await pubsub.subscribe(*(name.decode() for name in channels))
+                    await pubsub.subscribe(*names)
                     async for message in pubsub.listen():
-                        # A "subscribe" message comes at the start and after each silent
-                        # reconnect of the client: hints may have been lost before it.
-                        if message["type"] in {"message", "subscribe"}:
-                            pause_s = 0.05
-                            yield channels[message["channel"]]
+                        pause_s = 0.05
+                        yield message
             except (exceptions.RedisError, OSError, TimeoutError) as error:
-                log.debug("hints_interrupted", error=str(error))
+                log.debug("listening_interrupted", error=str(error))
             await asyncio.sleep(pause_s * (0.5 + random.random()))  # noqa: S311 - jitter
             pause_s = min(pause_s * 2, 2.0)
+
+    # --- tallies -----------------------------------------------------------------------------
+
+    async def put_tallies(
+        self, gateway: str, tallies: Mapping[ModelId, bytes], ttl_s: float
+    ) -> None:
+        ttl_ms = max(1, int(ttl_s * 1000))
+        now_ms = int(time.time() * 1000)
+        key = self._tallies_key(gateway)
+        pipe = self._redis.pipeline(transaction=False)
+        if tallies:
+            fields: dict[Any, Any] = dict(tallies)
+            pipe.hset(key, mapping=fields)
+        pipe.pexpire(key, ttl_ms)
+        pipe.zadd(self._key("gateways"), {gateway: now_ms + ttl_ms})
+        # Here and not where they are read: gateways come and go, also when nobody asks.
+        pipe.zremrangebyscore(self._key("gateways"), "-inf", now_ms)
+        await self._call(pipe.execute())
+
+    async def tallies(self, models: Sequence[ModelId]) -> dict[str, dict[ModelId, bytes]]:
+        members = await self._call(
+            self._redis.zrangebyscore(self._key("gateways"), int(time.time() * 1000), "+inf")
+        )
+        gateways = [name.decode() for name in members]
+        if not gateways or not models:
+            return {}
+        pipe = self._redis.pipeline(transaction=False)
+        for gateway in gateways:
+            pipe.hmget(self._tallies_key(gateway), list(models))
+        return {
+            gateway: {
+                model: data for model, data in zip(models, found, strict=True) if data is not None
+            }
+            for gateway, found in zip(gateways, await self._call(pipe.execute()), strict=True)
+        }
 
     # --- the placer's lease ------------------------------------------------------------------
 
@@ -258,6 +322,9 @@ class RedisStore:
 
     def _worker_key(self, worker: str, name: str) -> str:
         return f"{self._prefix}{{w:{worker}}}:{name}"
+
+    def _tallies_key(self, gateway: str) -> str:
+        return f"{self._prefix}{{g:{gateway}}}:tallies"
 
     async def _call(self, command: Any, *, optional: bool = False) -> Any:
         """Awaits one command; the driver's errors become `StoreUnavailable`.

@@ -283,13 +283,14 @@ async def test_a_store_that_is_away_says_so():
         await MemoryStore(state).reports()
 
 
-async def test_garbage_in_the_store_is_left_out(redis_store):
-    """An undecodable report or assignment harms nobody."""
+@pytest.mark.parametrize("garbage", [b"\xc1garbage", b"\x81\xa6worker\xa1\xff"])
+async def test_garbage_in_the_store_is_left_out(redis_store, garbage):
+    """An undecodable report or assignment, also one whose text is no UTF-8, harms nobody."""
     store = redis_store
     await store.put_report(report("good"), 10)
     await store.put_report(report("bad"), 10)
-    await store._redis.set("roost:{w:bad}:report", b"\xc1garbage")
-    await store._redis.hset("roost:{w:bad}:assignment", mapping={"body": b"\xc1"})
+    await store._redis.set("roost:{w:bad}:report", garbage)
+    await store._redis.hset("roost:{w:bad}:assignment", mapping={"body": garbage})
     assert [r.worker for r in await store.reports()] == ["good"]
     assert await store.assignment("bad") is None
 
@@ -305,3 +306,43 @@ async def test_a_cancelled_command_ends_its_task(stores):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+
+
+async def test_a_note_reaches_those_who_listen(stores):
+    """With its bytes, to the topic's listeners only."""
+    one, other = stores
+    heard: list[bytes] = []
+    came = asyncio.Event()
+
+    async def listen():
+        async for data in other.notes("a"):
+            heard.append(data)
+            if data == b"last":
+                came.set()
+
+    task = asyncio.create_task(listen())
+    try:
+        async with asyncio.timeout(10):
+            while not heard:  # nobody says when a subscription has begun
+                await one.note("a", b"first")
+                await asyncio.sleep(0.01)
+            await one.note("b", b"not for us")
+            await one.note("a", b"last")
+            await came.wait()
+    finally:
+        task.cancel()
+    assert set(heard) == {b"first", b"last"}
+
+
+async def test_tallies_are_kept_by_gateway_and_model(stores):
+    """A later word replaces that of the same model only; who does not come again is forgotten."""
+    one, other = stores
+    a, b = ModelId("a/1"), ModelId("b/1")
+    await one.put_tallies("g1", {a: b"1", b: b"2"}, 60)
+    await one.put_tallies("g1", {a: b"3"}, 60)
+    await other.put_tallies("g2", {a: b"4"}, 60)
+    assert await other.tallies([a, b]) == {"g1": {a: b"3", b: b"2"}, "g2": {a: b"4"}}
+    assert (await other.tallies([b]))["g1"] == {b: b"2"}
+    await other.put_tallies("g2", {}, 0.05)
+    await asyncio.sleep(0.1)
+    assert "g2" not in await one.tallies([a])

@@ -208,6 +208,28 @@ async def test_a_full_model_answers_429_and_others_go_on(tmp_path):
         assert [(await task).status_code for task in waiting] == [200, 200]
 
 
+async def test_a_tenant_that_has_its_fill_answers_429_and_others_go_on(tmp_path):
+    """Tenants are told apart by the configured header."""
+    settings = {"tenant_header": "X-Tenant", "tenant_inflight_limit": 1}
+    async with running(tmp_path, **settings) as rig:
+        rig.worker.script = hold
+        one = {"headers": {"x-tenant": "one"}}
+        waiting = asyncio.create_task(rig.infer(**one))
+        await until(lambda: rig.worker.seen)
+        rig.worker.script = serve_rightly
+        answer = await rig.infer(**one)
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "tenant" in answer.json()["error"]
+        assert await rig.metric('roost_gateway_rejected_total{reason="tenant_full"}') == 1
+        assert (await rig.infer(headers={"x-tenant": "two"})).status_code == 200
+        assert (await rig.infer()).status_code == 200
+        assert (await rig.infer(headers={"x-tenant": "t" * 129})).status_code == 400
+        await rig.worker.reply(rig.worker.seen[0], reply_to(rig.worker.seen[0]))
+        assert (await waiting).status_code == 200
+        assert (await rig.infer(**one)).status_code == 200
+
+
 async def test_a_full_queue_answers_429(memory_rig):
     """The broker's own limit rejects the publish."""
     rig = memory_rig
@@ -395,6 +417,10 @@ async def test_the_client_pushes_lists_asks_and_removes(memory_rig, tmp_path):
             y = roost.infer("adder", {"x": x}, timeout_s=5)["y"]
             assert y.tolist() == [[2, 2, 2], [2, 2, 2]]
             assert roost.metadata("new", 1)["inputs"][0]["shape"] == [-1, 3]
+            roost.unload("new")
+            with pytest.raises(ModelNotFound, match="unloaded"):
+                roost.metadata("new")
+            roost.load("new")
             roost.remove("new", 2)
             roost.remove("new")
             with pytest.raises(ModelNotFound):
@@ -421,6 +447,10 @@ async def test_the_async_client_does_the_same(memory_rig, tmp_path):
         memory_rig.worker.script = hold
         with pytest.raises(DeadlineExceeded):
             await roost.infer("adder", {"x": np.zeros((1, 3), np.float32)}, timeout_s=0.1)
+        await roost.unload("new")
+        with pytest.raises(ModelNotFound, match="unloaded"):
+            await roost.metadata("new")
+        await roost.load("new")
         await roost.remove("new")
         assert [item["name"] for item in await roost.list()] == ["adder"]
 

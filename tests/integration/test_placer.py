@@ -122,7 +122,7 @@ async def test_a_request_waits_for_the_first_worker(rig):
     deadline = int(time.time() * 1000) + 20_000
     request = await rig.send("bert", headers={names.HEADER_DEADLINE: deadline}, message_id="mine")
     end = time.monotonic() + 5
-    while (await placer.get("/scale")).json()["reasons"] == []:
+    while not (await placer.get("/fleet/workers-wanted")).json().get("reasons"):
         assert time.monotonic() < end
         await asyncio.sleep(0.01)
     worker = await rig.start_worker("w1")

@@ -6,6 +6,7 @@ import msgspec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from services.placer.core.fleet import Fleet
 from services.placer.core.plan import place_one, plan
 from services.placer.core.policy import Policy
 from services.placer.core.verify import verify
@@ -14,6 +15,7 @@ from services.placer.core.view import (
     Demand,
     FleetSince,
     ModelView,
+    Pace,
     View,
     WorkerView,
     applied,
@@ -23,11 +25,16 @@ from services.placer.core.view import (
 from shared.control import ModelReport
 from shared.fit import can_be_served, used_bytes
 from shared.layout import Share
-from shared.models import Footprint
+from shared.models import Footprint, Placement
 from shared.names import ModelId
 
 NOW = 1000.0
 POLICY = Policy()
+PLACEMENTS = (
+    *[Placement()] * 4,
+    Placement(worker_selector={"zone": "a"}),
+    Placement(spread_by="zone"),
+)
 
 
 def model_views(model: ModelId) -> st.SearchStrategy[ModelView]:
@@ -37,6 +44,8 @@ def model_views(model: ModelId) -> st.SearchStrategy[ModelView]:
         held=st.sampled_from([0, 0, 0, 1, 32]),
         need=st.sampled_from([0.0, 0.0, 0.01, 0.3, 0.69, 0.71, 1.4, 3.0, 20.0]),
         last_active=st.sampled_from([NOW, NOW - 0.5, NOW - 5, NOW - 100, NOW - 700]),
+        rate_slow=st.sampled_from([0.0, 0.0, 1.0, 30.0]),
+        seconds_per_item=st.sampled_from([0.0, 0.01]),
     )
 
     def build(demand: Demand, size: int, low: int, high: int | None, **rest: object) -> ModelView:
@@ -63,6 +72,7 @@ def model_views(model: ModelId) -> st.SearchStrategy[ModelView]:
         waiting=st.sampled_from([False, False, True]),
         load_seconds=st.sampled_from([0.0, 0.3, 2.0]),
         low_since=st.sampled_from([None, NOW - 1, NOW - 100]),
+        placement=st.sampled_from(PLACEMENTS),
     )
 
 
@@ -81,7 +91,10 @@ def footprints(draw: st.DrawFn) -> Footprint:
 @st.composite
 def worker_views(draw: st.DrawFn, name: str, models: list[ModelId]) -> WorkerView:
     assigned = {
-        model: Binding(draw(st.sampled_from([NOW, NOW - 1, NOW - 30, NOW - 500])))
+        model: Binding(
+            draw(st.sampled_from([NOW, NOW - 1, NOW - 30, NOW - 500])),
+            spare=draw(st.sampled_from([False, False, True])),
+        )
         for model in draw(st.sets(st.sampled_from(models), max_size=6))
     }
     reported = {}
@@ -107,6 +120,9 @@ def worker_views(draw: st.DrawFn, name: str, models: list[ModelId]) -> WorkerVie
         failed=dict.fromkeys(
             draw(st.sets(st.sampled_from(models), max_size=1)), "cannot be parsed"
         ),
+        labels={"zone": draw(st.sampled_from(["a", "b"]))},
+        copied_s=draw(st.sampled_from([0.0, 0.0, 2.9, 5.0])),
+        slowness=draw(st.sampled_from([1.0, 1.0, 2.0])),
     )
 
 
@@ -120,6 +136,7 @@ def views(draw: st.DrawFn) -> View:
         workers={name: draw(worker_views(name, ids)) for name in workers},
         models={model: draw(model_views(model)) for model in sorted(active)},
         fleet_since=FleetSince(draw(st.none() | st.just(NOW - 50.0))),
+        pace=Pace(balanced=draw(st.sampled_from([None, NOW - 0.1, NOW - 2.0]))),
     )
 
 
@@ -138,7 +155,7 @@ def asked(view: View, model: ModelId) -> bool:
 
 
 @given(views())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_planning_again_right_after_applying_changes_nothing(view: View) -> None:
     """A plan is complete: there is nothing left to do, and nothing to take back."""
     first = plan(view, POLICY)
@@ -147,7 +164,7 @@ def test_planning_again_right_after_applying_changes_nothing(view: View) -> None
 
 
 @given(views())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_no_worker_is_planned_over_its_budget(view: View) -> None:
     """Every worker can serve what is assigned to it, measured sizes included."""
     after = applied(view, plan(view, POLICY))
@@ -157,7 +174,7 @@ def test_no_worker_is_planned_over_its_budget(view: View) -> None:
 
 
 @given(views())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_limits_of_copies_and_of_workers_are_kept(view: View) -> None:
     """Nothing new comes to a worker that leaves; no model has more copies than it may, and the
     number wanted is at least one."""
@@ -176,7 +193,7 @@ def test_limits_of_copies_and_of_workers_are_kept(view: View) -> None:
 
 
 @given(views())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_what_waits_is_placed_retired_with_an_answer_or_refused_with_a_reason(view: View) -> None:
     """No request waits without anybody knowing why."""
     decided = plan(view, POLICY)
@@ -191,12 +208,13 @@ def test_what_waits_is_placed_retired_with_an_answer_or_refused_with_a_reason(vi
 
 
 @given(views(), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_spike_changes_no_bindings_of_others_unless_memory_forces_it(
     view: View, data: st.DataObject
 ) -> None:
     """After a plan the fleet is at rest. When one model's demand then jumps, only its bindings
-    change; others only lose some to make room, and only idle or surplus ones."""
+    change; others only lose some to make room, and only idle or surplus ones. (Later others may
+    leave a worker that is asked too much: a law of its own, below.)"""
     settled = applied(view, plan(view, POLICY))
     assume(settled.models)
     spiking = data.draw(st.sampled_from(sorted(settled.models)))
@@ -214,8 +232,24 @@ def test_a_spike_changes_no_bindings_of_others_unless_memory_forces_it(
             assert other.demand.need <= POLICY.target_utilization * left
 
 
+@given(views())
+@settings(max_examples=80, deadline=None)
+def test_only_a_worker_that_is_asked_too_much_is_left_by_a_move(view: View) -> None:
+    """A move is the one change that no memory, no new demand and no idleness forces: its source is
+    asked for more than the target, and what moves keeps its binding until the other consumes."""
+    decided = plan(view, POLICY)
+    after = applied(view, decided)
+    begun = [move for move in decided.pace.moves if move not in view.pace.moves]
+    assert len(begun) <= POLICY.moves_at_once
+    before = Fleet(applied(view, msgspec.structs.replace(decided, bind=())), POLICY)
+    for move in begun:
+        assert before.busy[before.number[move.source]] > POLICY.target_utilization
+        assert move.model in after.workers[move.source].assigned
+        assert move.model in after.workers[move.target].assigned
+
+
 @given(views(), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_the_reflex_places_one_copy_within_the_same_laws(view: View, data: st.DataObject) -> None:
     """One binding or a refusal, never over a budget, and only idle models make room."""
     model = data.draw(st.sampled_from(sorted(view.models)))
@@ -232,7 +266,7 @@ def test_the_reflex_places_one_copy_within_the_same_laws(view: View, data: st.Da
 
 
 @given(views(), views())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_plan_for_yesterday_breaks_nothing_today(old: View, fresh: View) -> None:
     """What verification lets through keeps the budgets of the fresh view, whatever view the
     plan was made on."""
@@ -246,7 +280,7 @@ def test_a_plan_for_yesterday_breaks_nothing_today(old: View, fresh: View) -> No
 
 
 @given(views())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_plan_passes_its_own_verification(view: View) -> None:
     """Nothing is refused when nothing has changed meanwhile."""
     decided = plan(view, POLICY)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -19,6 +21,10 @@ class FakeRepository:
         self.gate = threading.Event()
         self.gate.set()
         self.trouble: Exception | None = None
+        self.not_now: set[str] = set()
+
+    def unloaded(self):
+        return frozenset(self.not_now)
 
     def add(self, name, *versions):
         self.models.setdefault(name, []).extend(versions)
@@ -186,3 +192,32 @@ async def test_names_are_checked_before_anything(repository, catalog):
         with pytest.raises(InvalidRequest):
             await catalog.get(*arguments)
     assert repository.lookups == 0
+
+
+async def test_what_is_known_of_all_models_goes_at_a_hint(repository):
+    """Not only when it would have expired: hints come often while many models are registered,
+    and each list of all is large."""
+    repository.not_now = {"a"}
+    catalog = Catalog(repository, ttl_s=60)
+    known = weakref.ref(await catalog.unloaded())
+    assert known() is not None
+    catalog.invalidate()
+    await asyncio.sleep(0)  # the look-up's own task ends
+    gc.collect()
+    assert known() is None
+
+
+async def test_an_unloaded_model_is_not_found_until_it_is_loaded(repository, clock):
+    """Nobody finds it who would ask it; who asks for it all the same sees it."""
+    repository.add("a", 1)
+    repository.add("b", 1)
+    repository.not_now = {"a"}
+    catalog = Catalog(repository, clock=clock)
+    with pytest.raises(ModelNotFound, match="unloaded"):
+        await catalog.get("a")
+    assert [manifest.name for manifest in await catalog.ids()] == ["b"]
+    assert (await catalog.get("a", even_unloaded=True)).version == 1
+    assert len(await catalog.ids(even_unloaded=True)) == 2
+    repository.not_now = set()
+    catalog.invalidate("a")
+    assert (await catalog.get("a")).version == 1

@@ -26,6 +26,13 @@ async def refuse(request: Request) -> PlainTextResponse:
     return PlainTextResponse("too large", status_code=413)
 
 
+LARGE = 20_000_000
+
+
+async def large(request: Request) -> PlainTextResponse:
+    return PlainTextResponse("x" * LARGE)
+
+
 class Served:
     """A served app with one route that waits until it is released."""
 
@@ -50,6 +57,7 @@ async def served(**options: Any) -> AsyncIterator[Served]:
     app = Starlette(
         routes=[
             Route("/hello", hello, methods=["GET", "POST"]),
+            Route("/large", large),
             Route("/refuse", refuse, methods=["POST"]),
             Route("/wait", wait),
             metrics_route(registry),
@@ -240,6 +248,64 @@ async def test_a_refused_body_is_not_read_for_ever(monkeypatch: pytest.MonkeyPat
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+async def test_a_client_that_does_not_read_its_answer_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One time for the whole answer: reading a little now and then does not prolong it."""
+    monkeypatch.setattr(http, "SEND_TIMEOUT_S", 0.3)
+    async with served() as server:
+        reader, writer = await connect_slowly(server.port)
+        writer.write(b"GET /large HTTP/1.1\r\nHost: h\r\n\r\n")
+        got, begun = 0, asyncio.get_running_loop().time()
+        with contextlib.closing(writer), contextlib.suppress(ConnectionResetError):
+            async with asyncio.timeout(10):
+                while piece := await reader.read(1000):
+                    got += len(piece)
+                    # Later as fast as can be: what is on its way in the kernel still comes.
+                    if asyncio.get_running_loop().time() - begun < 0.6:
+                        await asyncio.sleep(0.01)
+        assert 0 < got < LARGE
+
+
+async def test_a_client_that_reads_in_time_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its connection lives on, also when it is idle for longer than an answer may take, or
+    the next request, sent along with the first, takes as long."""
+    monkeypatch.setattr(http, "SEND_TIMEOUT_S", 2.0)
+    async with served() as server, httpx.AsyncClient(trust_env=False) as client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        get = b"GET /%s HTTP/1.1\r\nHost: h\r\n\r\n"
+        writer.write(get % b"large" + get % b"wait")
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(LARGE)
+        assert len((await client.get(f"{server.url}/large")).content) == LARGE
+        await asyncio.sleep(2.2)
+        server.release.set()
+        with contextlib.closing(writer):
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+        before = next(iter(client._transport._pool.connections))
+        assert (await client.get(f"{server.url}/hello")).status_code == 200
+        assert next(iter(client._transport._pool.connections)) is before
+
+
+async def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """Connections inherit TCP_NODELAY from the listener."""
+    listener = http._listen("127.0.0.1", 0)
+    with listener, socket.create_connection(listener.getsockname()):
+        loop = asyncio.get_running_loop()
+        accepted, _ = await loop.sock_accept(listener)
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+async def connect_slowly(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection with little room for what is not read."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    return await asyncio.open_connection(sock=sock, limit=1024)
 
 
 async def test_beyond_max_connections_new_ones_are_closed_at_once() -> None:

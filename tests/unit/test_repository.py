@@ -280,6 +280,28 @@ def test_remove(repository):
     assert repository.manifests() == [repository.manifest("m", 4)]
 
 
+def test_unload_and_load(repository, url):
+    """Every process sees it; it goes with the model, and versions come and go meanwhile."""
+    digest = put(repository)
+    repository.register("m", 1, SPEC, digest)
+    repository.register("n", 1, SPEC, digest)
+    for _ in range(2):
+        repository.unload("m")
+    assert Repository(url).unloaded() == repository.unloaded() == {"m"}
+    repository.register("m", 2, OTHER, digest)
+    repository.remove("m", 1)
+    assert repository.unloaded() == {"m"}
+    assert repository.load("m")
+    assert not repository.load("m")
+    assert repository.unloaded() == frozenset()
+    repository.unload("m")
+    repository.remove("m")
+    assert repository.unloaded() == frozenset()
+    for call in (repository.load, repository.unload):
+        with pytest.raises(ModelNotFound):
+            call("m")
+
+
 def test_removing_leaves_a_tombstone_only(local, root):
     """Of a removed version stays what it was and when it went; not its measurements."""
     digest = put(local)

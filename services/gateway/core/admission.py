@@ -1,7 +1,7 @@
-"""Who may enter: bounds on requests in flight per model and on bytes held in all.
+"""Who may enter: bounds on requests in flight per model and per tenant, and on bytes held in all.
 
-Invariants (`validate`): the counters are never negative, and a model with nothing in flight
-has no entry, so idle registered models cost nothing here.
+Invariants (`validate`): the counters are never negative, and a model or tenant with nothing in
+flight has no entry, so idle registered models cost nothing here.
 
 `now` is a monotonic clock in seconds.
 """
@@ -22,13 +22,14 @@ class Rejection(msgspec.Struct, frozen=True):
     """Why a request may not enter now."""
 
     reason: str
-    """`model_full` or `bytes_full`; a metric's label."""
+    """`model_full`, `tenant_full` or `bytes_full`; a metric's label."""
     message: str
     retry_after_s: int
 
 
 class _Flow:
-    """One model's requests in flight and how fast they leave (time-based EWMA, per second)."""
+    """One model's, or one tenant's, requests in flight and how fast they leave (time-based EWMA,
+    per second)."""
 
     __slots__ = ("in_flight", "rate", "seen", "since")
 
@@ -53,10 +54,17 @@ class _Flow:
 class Admission:
     """Counts what is in flight and says yes, or no with a reason and a time to come back."""
 
-    def __init__(self, model_inflight_limit: int, inflight_bytes_limit: int) -> None:
+    def __init__(
+        self,
+        model_inflight_limit: int,
+        inflight_bytes_limit: int,
+        tenant_inflight_limit: int | None = None,
+    ) -> None:
         self._model_limit = model_inflight_limit
         self._bytes_limit = inflight_bytes_limit
+        self._tenant_limit = tenant_inflight_limit
         self._flows: dict[str, _Flow] = {}
+        self._tenants: dict[str, _Flow] = {}
         self.held_bytes = 0
         self.in_flight = 0
 
@@ -75,48 +83,78 @@ class Admission:
         self.held_bytes += nbytes
         return None
 
+    def keep(self, nbytes: int) -> None:
+        """Takes room for bytes that are there already and cannot be refused: an answer that its
+        client is slow to read. While there are many, new requests find no room."""
+        self.held_bytes += nbytes
+
     def drop(self, nbytes: int) -> None:
-        """Gives back what `hold` took."""
+        """Gives back what `hold` or `keep` took."""
         self.held_bytes -= nbytes
 
-    def enter(self, model: str, now: float) -> Rejection | None:
-        """One request of `model` goes into flight, unless the model has its fill."""
+    def enter(self, model: str, now: float, tenant: str = "") -> Rejection | None:
+        """One request of `model` goes into flight, unless the model, or the tenant who asks,
+        has its fill. An empty tenant is nobody and has no bound."""
         flow = self._flows.get(model)
-        if flow is None:
-            flow = self._flows[model] = _Flow(now)
-        elif flow.in_flight >= self._model_limit:
+        if flow is not None and flow.in_flight >= self._model_limit:
             return Rejection(
                 "model_full",
                 f"{flow.in_flight} requests of model {model!r} are in flight already",
-                self.retry_after_s(model, now),
+                _drained_s(flow, now),
             )
-        flow.in_flight += 1
+        if tenant and self._tenant_limit is not None:
+            asking = self._tenants.get(tenant)
+            if asking is not None and asking.in_flight >= self._tenant_limit:
+                return Rejection(
+                    "tenant_full",
+                    f"{asking.in_flight} requests of this tenant are in flight already",
+                    _drained_s(asking, now),
+                )
+            _enter(self._tenants, tenant, now)
+        _enter(self._flows, model, now)
         self.in_flight += 1
         return None
 
-    def leave(self, model: str, now: float, *, answered: bool) -> None:
+    def leave(self, model: str, now: float, *, answered: bool, tenant: str = "") -> None:
         """The request ended. Only an answered one says how fast the model drains."""
-        flow = self._flows[model]
-        flow.in_flight -= 1
+        _leave(self._flows, model, now, answered=answered)
+        if tenant and self._tenant_limit is not None:
+            _leave(self._tenants, tenant, now, answered=answered)
         self.in_flight -= 1
-        if flow.in_flight == 0:
-            del self._flows[model]
-        elif answered:
-            flow.left(now)
 
     def retry_after_s(self, model: str, now: float) -> int:
         """Whole seconds until what is in flight now has drained at the present rate: whoever
         comes back then finds room, also when everyone else who was sent away comes too."""
         flow = self._flows.get(model)
-        if flow is None:
-            return 1
-        rate = flow.drain_per_s(now)
-        # Nothing has left yet (a cold model, say): come back after as long as it has been.
-        seconds = flow.in_flight / rate if rate > 0 else now - flow.since
-        return min(max(math.ceil(seconds), 1), RETRY_AFTER_MAX_S)
+        return 1 if flow is None else _drained_s(flow, now)
 
     def validate(self) -> None:
         """Raises `AssertionError` when a law of this class is broken."""
         assert self.held_bytes >= 0, "gave back more bytes than were held"
-        assert all(flow.in_flight > 0 for flow in self._flows.values()), "an idle entry"
+        for flows in (self._flows, self._tenants):
+            assert all(flow.in_flight > 0 for flow in flows.values()), "an idle entry"
         assert self.in_flight == sum(flow.in_flight for flow in self._flows.values())
+        assert self.in_flight >= sum(flow.in_flight for flow in self._tenants.values())
+
+
+def _enter(flows: dict[str, _Flow], key: str, now: float) -> None:
+    flow = flows.get(key)
+    if flow is None:
+        flow = flows[key] = _Flow(now)
+    flow.in_flight += 1
+
+
+def _leave(flows: dict[str, _Flow], key: str, now: float, *, answered: bool) -> None:
+    flow = flows[key]
+    flow.in_flight -= 1
+    if flow.in_flight == 0:
+        del flows[key]
+    elif answered:
+        flow.left(now)
+
+
+def _drained_s(flow: _Flow, now: float) -> int:
+    rate = flow.drain_per_s(now)
+    # Nothing has left yet (a cold model, say): come back after as long as it has been.
+    seconds = flow.in_flight / rate if rate > 0 else now - flow.since
+    return min(max(math.ceil(seconds), 1), RETRY_AFTER_MAX_S)

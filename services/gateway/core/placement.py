@@ -24,6 +24,8 @@ class Placement(msgspec.Struct):
     """Why it could not be loaded, by worker."""
     device_bytes: int = 0
     """Weights and workspace on all devices together."""
+    bytes_of: dict[str, int] = msgspec.field(default_factory=dict)
+    """The same by kind of memory, `GPU` or `CPU`."""
 
     @property
     def servable(self) -> bool:
@@ -63,9 +65,10 @@ def placements(reports: Iterable[Report]) -> dict[ModelId, Placement]:
                 place.loading.append(report.worker)
             elif model.tier == "device" and report.engine_up:
                 place.device.append(report.worker)
-                place.device_bytes += (
-                    model.footprint.weights_bytes + model.footprint.workspace_bytes
-                )
+                nbytes = model.footprint.weights_bytes + model.footprint.workspace_bytes
+                place.device_bytes += nbytes
+                kind = "GPU" if report.device_kind.startswith("cuda") else "CPU"
+                place.bytes_of[kind] = place.bytes_of.get(kind, 0) + nbytes
             if model.tier == "host" and model.phase != "failed" and report.engine_up:
                 place.host.append(report.worker)
             if model.bound:

@@ -4,10 +4,15 @@ Arrivals are counted per incarnation of a worker: a counter that starts again is
 arrival, and what a worker counted before this placer first saw it is history, not a spike. The
 same holds for each model: a worker leaves idle ones out and may bring them back, with its old
 counter or with a new one.
-Rates are moving averages over time, not over ticks, so that they mean the same at any tick.
+Rates are moving averages over time, not over ticks, so that they mean the same at any tick. But
+an average takes its time to see a spike: what is counted in one interval and can hardly be chance
+counts at once.
 
 Backlog is to be worked off within half the model's latency target. A backlog that is gone
 before another copy could be loaded is no reason for one, so the time to load counts as well.
+
+Models are rows of arrays (`core.tracked`): a look costs what is new in reports (`core.news`),
+and a few operations on whole columns.
 """
 
 from __future__ import annotations
@@ -15,43 +20,68 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
+from services.placer.core.columns import Ints
+from services.placer.core.news import News, compare
 from services.placer.core.policy import Policy
+from services.placer.core.tracked import Tracked
 from services.placer.core.view import Demand
 from shared.control import ModelReport, Report
 from shared.names import ModelId
 
 SHORTEST_INTERVAL_S = 0.05
 """Two reports closer than this are taken as one: a rate over less is noise."""
+_SURE_BY = 2.0
+"""Standard deviations of a Poisson count, each of which is its root: a count is above its mean by
+more than these in 1 of 40 intervals."""
 NEGLIGIBLE_RATE = 1e-4
 """Requests per second below which a model's averages are forgotten."""
 
 
 class _Worker:
-    """The last report that was counted of one worker."""
+    """What was last counted and measured of one worker."""
 
-    __slots__ = ("arrived", "at", "incarnation", "rates", "seen", "seq")
+    __slots__ = (
+        "at", "base", "dropped", "incarnation", "measured", "newest", "own", "rates", "report",
+        "seen", "seq",
+    )  # fmt: skip
 
     def __init__(self, report: Report, now: float) -> None:
+        self.report = report
+        self.newest: Mapping[ModelId, ModelReport] = {}
+        """Its models, as measured last."""
+        self.rates: dict[ModelId, tuple[float, float]] = {}
+        """Requests per second since the report before, and what of it is no chance."""
+        self.measured: Ints | None = None
+        """Rows of the models that it has measured; None: to be found anew."""
+        self.own = 0.0
+        """Sum of its own seconds per request of these."""
+        self.dropped = 0
+        self.base: dict[ModelId, int | None] = {}
+        """Counters as counted last, of models of which anything is new since; None: not told."""
+        self.count_from(report, now)
+
+    def count_from(self, report: Report, now: float) -> None:
+        """Arrivals are counted from this report on."""
         self.incarnation = report.incarnation
         self.seq = report.seq
         self.at = report.at
         self.seen = now
-        self.arrived = {model.model: model.arrived for model in report.models}
-        self.rates: dict[ModelId, float] = {}
+        self.base = {}
 
-
-class _Model:
-    """What is kept of one model between two looks."""
-
-    __slots__ = ("fast", "held", "last_active", "load_seconds", "seconds_per_item", "slow")
-
-    def __init__(self, last_active: float) -> None:
-        self.fast = 0.0
-        self.slow = 0.0
-        self.held = 0
-        self.last_active = last_active
-        self.seconds_per_item = 0.0
-        self.load_seconds = 0.0
+    def take(self, report: Report, news: News) -> None:
+        """What a newer report tells."""
+        base = self.base
+        for was, told in news.changed:
+            if told.model not in base:
+                base[told.model] = None if was is None else was.arrived
+            if was is None or was.seconds_per_item != told.seconds_per_item:
+                self.measured = None
+        for was in news.gone:
+            base.setdefault(was.model, was.arrived)
+            self.measured = None
+        self.newest, self.report = news.models, report
 
 
 class DemandTracker:
@@ -61,129 +91,188 @@ class DemandTracker:
     """
 
     def __init__(self, policy: Policy) -> None:
+        self.rows = Tracked()
         self._policy = policy
         self._workers: dict[str, _Worker] = {}
-        self._models: dict[ModelId, _Model] = {}
         self._at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<DemandTracker models={len(self.rows.row)} workers={len(self._workers)}>"
 
     def touch(self, model: ModelId, now: float) -> None:
         """Something was asked of the model that no worker has counted (yet)."""
-        self._kept(model, now).last_active = now
+        row = self.rows.take(model, now)  # before: a column may be replaced by a longer one
+        self.rows.last_active[row] = now
 
     def forget(self, model: ModelId) -> None:
-        self._models.pop(model, None)
+        """What is known of it goes; what a worker tells of it next is new."""
+        self.rows.drop(model)
+        for worker in self._workers.values():
+            if model in worker.newest:
+                worker.newest = {m: told for m, told in worker.newest.items() if m != model}
+                worker.base.pop(model, None)
 
-    def observe(self, reports: Iterable[Report], depths: Mapping[ModelId, int], now: float) -> None:
-        """Takes in the newest report of every worker, and the depths that were asked for."""
-        reports = list(reports)
+    def observe(
+        self, reports: Iterable[Report], depths: Mapping[ModelId, int], now: float
+    ) -> dict[str, News]:
+        """Takes in the newest report of every worker, and the depths that were asked for.
+        Returns what is new in those reports that are, by worker."""
+        present, news = set(), dict[str, News]()
         for report in reports:
-            self._count(report, now)
-        present = {report.worker for report in reports}
+            present.add(report.worker)
+            last = self._workers.get(report.worker)
+            if last is None or last.report is not report:
+                news[report.worker] = self._take(report, last, now)
         for gone in self._workers.keys() - present:
-            del self._workers[gone]
-        self._measure(reports, depths, now)
-        self._average(now)
+            self._lose(self._workers.pop(gone))
+        self._look(depths, now)
+        return news
 
     def demand(self, model: ModelId, ready: int, target_s: float, now: float) -> Demand:
         """What is asked of the model now. `ready`: messages in its queue."""
-        kept = self._models.get(model)
-        if kept is None:
+        rows = self.rows
+        row = rows.row.get(model)
+        if row is None:
             return Demand(ready=ready, last_active=now)
-        backlog = ready + kept.held
-        horizon = max(0.5 * target_s, self._policy.shortest_horizon_s, kept.load_seconds)
+        held, load_seconds = int(rows.held[row]), float(rows.load_seconds[row])
+        fast, slow = float(rows.fast[row]), float(rows.slow[row])
+        horizon = max(0.5 * target_s, self._policy.shortest_horizon_s, load_seconds)
         # Without a measurement there is no telling what a second copy would bring.
-        seconds = kept.seconds_per_item
+        seconds = float(rows.seconds[row])
+        catching_up = seconds * (ready + held) / horizon
         return Demand(
-            rate_fast=kept.fast,
-            rate_slow=kept.slow,
+            rate_fast=fast,
+            rate_slow=slow,
             seconds_per_item=seconds,
             ready=ready,
-            held=kept.held,
-            need=seconds * (max(kept.fast, kept.slow) + backlog / horizon),
-            last_active=kept.last_active,
+            held=held,
+            need=seconds * max(fast, slow) + catching_up,
+            catching_up=catching_up,
+            last_active=float(rows.last_active[row]),
         )
 
     def load_seconds(self, model: ModelId) -> float:
         """The longest load time reported of the model; 0 when none was."""
-        kept = self._models.get(model)
-        return 0.0 if kept is None else kept.load_seconds
+        row = self.rows.row.get(model)
+        return 0.0 if row is None else float(self.rows.load_seconds[row])
 
-    def _kept(self, model: ModelId, now: float) -> _Model:
-        kept = self._models.get(model)
-        if kept is None:
-            kept = self._models[model] = _Model(now)
-        return kept
+    def slowness(self, worker: str) -> float:
+        """The worker's own seconds per request over the mean of all that measured them, over
+        the models that it has; 1.0 when nothing was measured."""
+        known = self._workers.get(worker)
+        if known is None:
+            return 1.0
+        rows = self.rows
+        if known.measured is None or known.dropped != rows.dropped:
+            found = [
+                (row, told.seconds_per_item)
+                for model, told in known.newest.items()
+                if told.seconds_per_item > 0 and (row := rows.row.get(model)) is not None
+            ]
+            known.measured = np.array([row for row, _ in found], np.int64)
+            known.own = math.fsum(seconds for _, seconds in found)
+            known.dropped = rows.dropped
+        mean = float(rows.seconds[known.measured].sum())
+        return known.own / mean if mean > 0 else 1.0
 
-    def _count(self, report: Report, now: float) -> None:
-        last = self._workers.get(report.worker)
+    # --- parts ------------------------------------------------------------------------------
+
+    def _take(self, report: Report, last: _Worker | None, now: float) -> News:
+        """A report that is new: arrivals first, then what is so now."""
+        rows = self.rows
         if last is None:
-            self._workers[report.worker] = _Worker(report, now)
-            for model in report.models:
-                if model.model not in self._models:
-                    self._models[model.model] = _Model(_last_used(model, report, now))
-            return
+            news = compare({}, report)
+            for told in report.models:
+                rows.take(told.model, _last_used(told, report, now))
+            last = self._workers[report.worker] = _Worker(report, now)
+            last.newest, last.report = news.models, report
+        else:
+            news = compare(last.newest, report)
+            last.take(report, news)
+            if last.incarnation != report.incarnation or report.seq != last.seq:
+                self._count(report, last, now)
+        for was, told in news.changed:
+            if (
+                was is None
+                or was.held != told.held
+                or was.seconds_per_item != told.seconds_per_item
+                or was.load_seconds != told.load_seconds
+            ):
+                rows.measure(rows.take(told.model, now), was, told)
+        self._leave(news.gone)
+        return news
+
+    def _count(self, report: Report, last: _Worker, now: float) -> None:
         restarted = last.incarnation != report.incarnation
-        if not restarted and report.seq == last.seq:
-            return
         elapsed = now - last.seen if restarted else report.at - last.at
         if elapsed < 0:
             elapsed = now - last.seen
         if elapsed < SHORTEST_INTERVAL_S:
             return
-        counted = _Worker(report, now)
-        for model in report.models:
-            if restarted or model.model in last.arrived:
-                before = 0 if restarted else last.arrived[model.model]
-                arrivals = model.arrived - before if model.arrived >= before else model.arrived
+        rows, rates = self.rows, dict[ModelId, tuple[float, float]]()
+        base = dict.fromkeys(last.newest, 0) if restarted else last.base
+        for model, before in base.items():
+            told = last.newest.get(model)
+            if told is None or told.arrived == before:
+                continue
+            if before is not None:
+                arrivals = told.arrived - before if told.arrived > before else told.arrived
             else:
                 # A new baseline. What the worker has in hand came since it last reported; what
                 # it has answered may be history, and one report too few does no harm.
-                arrivals = min(model.held, model.arrived)
-                used = _last_used(model, report, now)
-                kept = self._kept(model.model, used)
-                kept.last_active = max(kept.last_active, used)
+                arrivals = min(told.held, told.arrived)
+                used = _last_used(told, report, now)
+                row = rows.take(model, used)
+                rows.last_active[row] = max(rows.last_active[row], used)
             if arrivals:
-                counted.rates[model.model] = arrivals / elapsed
-                self._kept(model.model, now).last_active = now
-        self._workers[report.worker] = counted
+                sure = max(arrivals - _SURE_BY * math.sqrt(arrivals), 0.0)
+                rates[model] = arrivals / elapsed, sure / elapsed
+                row = rows.take(model, now)
+                rows.last_active[row] = now
+        self._set_rates(last, rates)
+        last.count_from(report, now)
 
-    def _measure(
-        self, reports: Iterable[Report], depths: Mapping[ModelId, int], now: float
-    ) -> None:
-        for kept in self._models.values():
-            kept.held = 0
-        seconds: dict[ModelId, list[float]] = {}
-        for report in reports:
-            for model in report.models:
-                kept = self._kept(model.model, now)
-                if model.held:
-                    kept.held += model.held
-                    kept.last_active = now
-                if model.seconds_per_item > 0:
-                    seconds.setdefault(model.model, []).append(model.seconds_per_item)
-                kept.load_seconds = max(kept.load_seconds, model.load_seconds)
-        for name, values in seconds.items():
-            self._models[name].seconds_per_item = sum(values) / len(values)
-        for name, ready in depths.items():
+    def _lose(self, gone: _Worker) -> None:
+        self._set_rates(gone, {})
+        self._leave(gone.newest.values())
+
+    def _leave(self, models: Iterable[ModelReport]) -> None:
+        """What a worker does not mention any more is not held there."""
+        for report in models:
+            row = self.rows.row.get(report.model)
+            if row is not None:
+                self.rows.unmeasure(row, report)
+
+    def _set_rates(self, worker: _Worker, rates: dict[ModelId, tuple[float, float]]) -> None:
+        rows = self.rows
+        for model, (rate, sure) in worker.rates.items():
+            row = rows.row.get(model)
+            if row is not None:
+                rows.rate[row] -= rate
+                rows.sure[row] -= sure
+        for model, (rate, sure) in rates.items():
+            row = rows.row[model]
+            rows.rate[row] += rate
+            rows.sure[row] += sure
+        worker.rates = rates
+
+    def _look(self, depths: Mapping[ModelId, int], now: float) -> None:
+        rows = self.rows
+        rows.last_active[rows.held > 0] = now
+        for model, ready in depths.items():
             if ready:
-                self._kept(name, now).last_active = now
-
-    def _average(self, now: float) -> None:
+                self.touch(model, now)
         elapsed = 0.0 if self._at is None else max(now - self._at, 0.0)
         self._at = now
-        fast = 1 - math.exp(-elapsed / self._policy.fast_tau_s)
-        slow = 1 - math.exp(-elapsed / self._policy.slow_tau_s)
-        rates: dict[ModelId, float] = {}
-        for worker in self._workers.values():
-            for name, rate in worker.rates.items():
-                rates[name] = rates.get(name, 0.0) + rate
-        for name, kept in self._models.items():
-            rate = rates.get(name, 0.0)
-            if not rate and kept.slow < NEGLIGIBLE_RATE and kept.fast < NEGLIGIBLE_RATE:
-                kept.fast = kept.slow = 0.0
-                continue
-            kept.fast += fast * (rate - kept.fast)
-            kept.slow += slow * (rate - kept.slow)
+        # Sums of floats that come and go do not end at exactly 0.
+        rows.rate[rows.rate < 1e-9] = 0.0
+        rate = rows.rate
+        rows.fast += (1 - math.exp(-elapsed / self._policy.fast_tau_s)) * (rate - rows.fast)
+        np.maximum(rows.fast, rows.sure, out=rows.fast)
+        rows.slow += (1 - math.exp(-elapsed / self._policy.slow_tau_s)) * (rate - rows.slow)
+        over = (rate == 0.0) & (rows.slow < NEGLIGIBLE_RATE) & (rows.fast < NEGLIGIBLE_RATE)
+        rows.fast[over] = 0.0
+        rows.slow[over] = 0.0
 
 
 def _last_used(model: ModelReport, report: Report, now: float) -> float:

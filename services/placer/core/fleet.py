@@ -1,296 +1,267 @@
-"""The picture of the fleet that a planning works on, and the choice of a worker for a copy."""
+"""The picture of the fleet that a planning works on: a view, and the changes made so far.
+
+Workers and models are rows of arrays (ADR 0011); what is looked at one by one (sizes, bindings)
+comes from the view until it is changed.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Mapping
 
-import msgspec
+import numpy as np
 
+from services.placer.core.columns import Bools, Floats, Ints, columns_of, facts_of
 from services.placer.core.policy import Policy
-from services.placer.core.view import Binding, ModelView, View, WorkerView, footprint
-from shared.fit import Refusal, can_be_served, fit, fit_tiers, used_bytes
+from services.placer.core.rooms import rooms
+from services.placer.core.view import Binding, ModelView, Move, View, expected, footprint
+from shared.fit import can_be_served, used_bytes
 from shared.models import Footprint
 from shared.names import ModelId
-
-Kind = Literal[
-    "no_room", "too_large", "failed_to_load", "no_worker", "leaving", "has_all", "overtaken"
-]
-"""Why not, in a word: for metrics, where a text with numbers or a model's own error would make
-series without end. `overtaken`: the fleet changed while it was planned."""
-
-
-class Refused(msgspec.Struct, frozen=True):
-    """A copy that could not be placed."""
-
-    model: ModelId
-    refusal: Refusal
-    kind: Kind
-    permanent: bool = False
-    """No worker that is there can ever take it; waiting is in vain."""
-    code: str = "unavailable"
-
-
-class Chosen(msgspec.Struct, frozen=True):
-    """Where a copy goes, and which idle models make room for it."""
-
-    worker: str
-    why: str
-    victims: tuple[ModelId, ...] = ()
 
 
 class Fleet:
     """Assignments as they would be after the changes made so far.
 
-    Laws: `count[m]` is the number of serving workers to which `m` is assigned; only assigned
-    models count against a budget, since a worker drops unbound weights by itself.
+    Laws: `count[row]` is the number of serving workers to which a model is assigned, `holding`
+    of all; only assigned models count against a budget, since a worker drops unbound weights by
+    itself. Worker rows are in the order of their names.
     """
 
     def __init__(self, view: View, policy: Policy) -> None:
         self.view = view
         self.policy = policy
-        self.serving = [name for name, worker in view.workers.items() if worker.serves]
-        self.assigned: dict[str, dict[ModelId, Binding]] = {}
-        self.count: dict[ModelId, int] = {}
-        self._holders: dict[ModelId, list[str]] = {}
-        for name, worker in view.workers.items():
-            self.assigned[name] = dict(worker.assigned)
-            for model in worker.assigned:
-                self._holders.setdefault(model, []).append(name)
-                if worker.serves:
-                    self.count[model] = self.count.get(model, 0) + 1
-        self._cached: dict[str, dict[ModelId, Footprint]] = {}
-        self._busy = {name: self._utilization(name) for name in view.workers}
+        self.columns = columns_of(view.models)
+        self.names = sorted(view.workers)
+        self.number = {name: number for number, name in enumerate(self.names)}
+        self.workers = [view.workers[name] for name in self.names]
+        seen = self.workers
+        self.rooms = rooms(seen, view.models, self.columns.row)
+        self.takes: Bools = np.array([each.takes_new for each in seen], bool)
+        self.serves: Bools = np.array([each.serves for each in seen], bool)
+        self.budget: Ints = np.array([each.budget_bytes for each in seen], np.int64)
+        self.host: Ints = np.array([each.host_bytes for each in seen], np.int64)
+        self.used: Ints = np.array([room.used for room in self.rooms], np.int64)
+        self.copied: Floats = np.array([each.copied_s for each in seen], float)
+        self.slowness: Floats = np.array([each.slowness for each in seen], float)
+        self.serving = int(self.serves.sum())
+        self._count_bindings()
+        self.follow_moves(view.pace.moves)
+        self._per_byte: float | None = None
+        self._sizes: dict[int, dict[ModelId, Footprint]] = {}
+        self._assigned: dict[int, dict[ModelId, Binding]] = {}
+        self._held_by: dict[ModelId, list[int]] = {}
 
     def __repr__(self) -> str:
-        return f"Fleet({ {name: sorted(models) for name, models in self.assigned.items()} })"
+        return f"Fleet({ {name: sorted(self.assigned(n)) for name, n in self.number.items()} })"
 
-    def holders(self, model: ModelId) -> list[str]:
-        """Workers to which the model is assigned, serving or not."""
-        return list(self._holders.get(model, ()))
+    # --- what is where ----------------------------------------------------------------------
 
-    def add(self, model: ModelId, worker: str) -> None:
-        self.assigned[worker][model] = Binding(self.view.at)
-        self._holders.setdefault(model, []).append(worker)
-        if self.view.workers[worker].serves:
-            self.count[model] = self.count.get(model, 0) + 1
-        seen, facts = self.view.workers[worker], self.view.models.get(model)
-        self.sizes(worker)[model] = footprint(seen, model, facts)
-        self._busy[worker] += self._share(model)
+    def assigned(self, worker: int) -> Mapping[ModelId, Binding]:
+        changed = self._assigned.get(worker)
+        return self.workers[worker].assigned if changed is None else changed
 
-    def keep(self, model: ModelId, worker: str) -> None:
-        """What was removed and added again is the binding that it was."""
-        self.assigned[worker][model] = self.view.workers[worker].assigned[model]
-
-    def remove(self, model: ModelId, worker: str) -> None:
-        self._busy[worker] -= self._share(model)
-        self.sizes(worker).pop(model)
-        del self.assigned[worker][model]
-        self._holders[model].remove(worker)
-        if self.view.workers[worker].serves:
-            self.count[model] -= 1
-
-    def sizes(self, worker: str) -> dict[ModelId, Footprint]:
+    def sizes(self, worker: int) -> Mapping[ModelId, Footprint]:
         """Footprint of each model assigned to the worker."""
-        cached = self._cached.get(worker)
-        if cached is None:
-            seen, models = self.view.workers[worker], self.view.models
-            cached = self._cached[worker] = {
-                model: footprint(seen, model, models.get(model)) for model in self.assigned[worker]
-            }
-        return cached
+        changed = self._sizes.get(worker)
+        return self.rooms[worker].sizes if changed is None else changed
+
+    def holders(self, model: ModelId) -> list[int]:
+        """Workers to which the model is assigned, serving or not."""
+        return list(self._holders(model))
+
+    def copies(self, model: ModelId) -> int:
+        """Serving workers to which the model is assigned."""
+        row = self.columns.row.get(model)
+        return 0 if row is None else int(self.count[row])
+
+    def lasting_copies(self, model: ModelId) -> int:
+        """`copies`, where both ends of a move under way are one: else its target, which serves
+        nobody yet, would make its source look like one too many."""
+        copies, move = self.copies(model), self._moves.get(model)
+        if move is None:
+            return copies
+        ends = {self.number.get(move.source), self.number.get(move.target)}
+        held = sum(worker in ends for worker in self._holders(model) if self.serves[worker])
+        return copies - 1 if held > 1 else copies
 
     def on_their_way(self, model: ModelId) -> int:
         """Copies assigned to serving workers that do not consume the queue yet."""
         return sum(
-            not self.view.workers[name].is_bound(model)
-            or self.assigned[name][model].since >= self.view.at
-            for name in self._holders.get(model, ())
-            if self.view.workers[name].serves
+            self.serves[worker] and not self.consumes(model, worker)
+            for worker in self._holders(model)
         )
 
-    def is_overfull(self, worker: str) -> bool:
-        """False without a budget: the engine has not said yet what the device has."""
-        held, seen = self.sizes(worker).values(), self.view.workers[worker]
-        if seen.budget_bytes <= 0 or not held:
-            return False
-        return not can_be_served(held, seen.budget_bytes, seen.host_bytes)
+    def consumes(self, model: ModelId, worker: int) -> bool:
+        """Whether a worker to which the model is assigned consumes its queue. What was assigned
+        just now does not: a report that says so tells of a binding that it had before."""
+        since = self.assigned(worker)[model].since
+        return self.workers[worker].is_bound(model) and since < self.view.at
+
+    def free(self) -> Ints:
+        """Bytes of each device that nothing assigned asks for; below 0 where some are swapped."""
+        return self.budget - self.used
+
+    def overfull(self) -> list[int]:
+        """Workers that cannot serve what they are assigned. None without a budget: its engine
+        has not said yet what the device has."""
+        return [
+            worker
+            for worker in np.flatnonzero((self.used > self.budget) & (self.budget > 0)).tolist()
+            if not self._is_served(worker)
+        ]
 
     def used_bytes(self, *, on_device: bool = False) -> int:
         """What all that is assigned to serving workers takes there, or what of it cannot wait in
-        a host's memory. What several have counts once per worker: so it would elsewhere."""
-        return sum(
-            used_bytes(
+        a host's memory. What several have counts once per worker: so it would elsewhere. Spare
+        copies count for nothing."""
+        total = 0
+        for worker in np.flatnonzero(self.serves).tolist():
+            if worker not in self._sizes:
+                room = self.rooms[worker]
+                spare = room.spare_bytes
+                total += room.device_used if on_device else max(room.used - spare, 0)
+                continue
+            assigned = self.assigned(worker)
+            total += used_bytes(
                 size
-                for size in self.sizes(name).values()
-                if size.pinned or not size.copyable or not on_device
+                for model, size in self.sizes(worker).items()
+                if not assigned[model].spare and (size.pinned or not size.copyable or not on_device)
             )
-            for name in self.serving
+        return total
+
+    def share(self, model: ModelId) -> float:
+        """What each copy of the model is asked for, on a worker of the mean speed."""
+        row = self.columns.row.get(model)
+        if row is None:
+            return 0.0
+        return float(self.columns.need[row]) / max(int(self.count[row]), 1)
+
+    def load_seconds(self, facts: ModelView) -> float:
+        """What loading the model takes: measured, else by the byte as others here took."""
+        if facts.load_seconds:
+            return facts.load_seconds
+        if self._per_byte is None:
+            self._per_byte = self._measured_per_byte()
+        if not self._per_byte or not self.workers:
+            return self.policy.unknown_load_s
+        return self._per_byte * expected(self.workers[0].device_kind, facts).weights_bytes
+
+    def size_on(self, worker: int, model: ModelId) -> Footprint:
+        return footprint(self.workers[worker], model, facts_of(self.view.models, model))
+
+    # --- changes ----------------------------------------------------------------------------
+
+    def add(self, model: ModelId, worker: int, binding: Binding, load_s: float = 0.0) -> None:
+        self._touch(worker)
+        self._asked_for(model, -1)
+        self._assigned[worker][model] = binding
+        self._sizes[worker][model] = self.size_on(worker, model)
+        self._holders(model).append(worker)
+        self._counted(model, worker, 1)
+        self._asked_for(model, 1)
+        self.copied[worker] += load_s
+        self.used[worker] = used_bytes(self._sizes[worker].values())
+
+    def remove(self, model: ModelId, worker: int) -> None:
+        self._touch(worker)
+        self._asked_for(model, -1)
+        del self._assigned[worker][model]
+        del self._sizes[worker][model]
+        self._holders(model).remove(worker)
+        self._counted(model, worker, -1)
+        self._asked_for(model, 1)
+        self.used[worker] = used_bytes(self._sizes[worker].values())
+
+    def follow_moves(self, moves: Iterable[Move]) -> None:
+        """These are under way from now on, or done."""
+        self._moves = {move.model: move for move in moves if move.done is None}
+
+    # --- parts ------------------------------------------------------------------------------
+
+    def _asked_for(self, model: ModelId, sign: int) -> None:
+        """All that have the model share what it is asked for: one more relieves the others."""
+        share = sign * self.share(model)
+        if share:
+            holders = self._holders(model)
+            self.busy[holders] += share * self.slowness[holders]
+
+    def _measured_per_byte(self) -> float:
+        """Seconds of loading per byte of what is bound; 0 when nothing was measured."""
+        known = self.binding_row >= 0
+        seconds = self.columns.load_seconds[self.binding_row[known]]
+        nbytes = _joined([room.bytes for room in self.rooms])[known]
+        measured = (seconds > 0) & (nbytes > 0)
+        total = int(nbytes[measured].sum())
+        return float(seconds[measured].sum()) / total if total else 0.0
+
+    def _count_bindings(self) -> None:
+        """All bindings as three columns: of which model, on which worker, since when."""
+        lengths = [len(room.rows) for room in self.rooms]
+        self.binding_worker: Ints = np.repeat(np.arange(len(self.rooms)), lengths)
+        self.binding_row: Ints = _joined([room.rows for room in self.rooms])
+        rows, known = len(self.columns.ids), self.binding_row >= 0
+        serving = known & self.serves[self.binding_worker]
+        self.count: Ints = np.bincount(self.binding_row[serving], minlength=rows)
+        self.holding: Ints = np.bincount(self.binding_row[known], minlength=rows)
+        share = self.columns.need / np.maximum(self.count, 1)
+        asked = np.bincount(
+            self.binding_worker[known],
+            weights=share[self.binding_row[known]],
+            minlength=len(self.rooms),
         )
+        self.busy: Floats = asked * self.slowness
+        self._order: Ints | None = None
+        self._starts: Ints | None = None
 
-    def least_missed(self, worker: str) -> ModelId:
-        """What goes first from a device that is over its budget: the idle, the longest unused
-        before; then what others have as well; then what is needed least."""
-
-        def missed(model: ModelId) -> tuple[int, int, float, float, ModelId]:
-            facts = self.view.models.get(model)
-            if facts is None:
-                return (-1, 0, 0.0, 0.0, model)
-            busy = facts.waiting or facts.demand.backlog > 0
-            rank = 0 if not busy else 1 if len(self._holders[model]) > 1 else 2
-            demand = facts.demand
-            if rank == 0:
-                return (rank, facts.priority, demand.last_active, 0.0, model)
-            return (rank, facts.priority, demand.need, demand.last_active, model)
-
-        return min(self.assigned[worker], key=missed)
-
-    def choose(self, facts: ModelView, *, may_evict: bool) -> Chosen | Refused:
-        """The worker that will serve one more copy soonest: by what is running there, and by
-        what it costs to load. One whose device has room is taken before any other; then one that
-        has room in its host's memory, and swaps; last one where others must make room."""
-        model = facts.model
-        candidates = [
-            worker
-            for name, worker in self.view.workers.items()
-            if worker.takes_new and model not in self.assigned[name] and model not in worker.failed
-        ]
-        candidates.sort(key=lambda worker: (self._score(worker, facts), worker.worker))
-        closest: Refusal | None = None
-        swaps: WorkerView | None = None
-        for worker in candidates:
-            refusal = self._fits(worker, facts, without=())
-            if refusal is None:
-                if self._fits_device(worker, facts):
-                    return Chosen(worker.worker, self._why(worker, facts))
-                swaps = swaps or worker
-            elif closest is None or refusal.free_bytes > closest.free_bytes:
-                closest = refusal
-        if swaps is not None:
-            return Chosen(swaps.worker, f"{self._why(swaps, facts)}, to be swapped in")
-        for worker in candidates if may_evict else ():
-            victims = self._make_room(worker, facts)
-            if victims is not None:
-                return Chosen(worker.worker, self._why(worker, facts), victims)
-        return self._refuse(facts, closest)
-
-    # --- parts ---
-
-    def _fits(
-        self, worker: WorkerView, facts: ModelView, without: tuple[ModelId, ...]
-    ) -> Refusal | None:
-        sizes = self.sizes(worker.worker)
-        stay = [size for model, size in sizes.items() if model not in without]
-        size = footprint(worker, facts.model, facts)
-        return fit_tiers(size, stay, worker.budget_bytes, worker.host_bytes)
-
-    def _fits_device(self, worker: WorkerView, facts: ModelView) -> bool:
-        held = self.sizes(worker.worker).values()
-        return fit(footprint(worker, facts.model, facts), held, worker.budget_bytes) is None
-
-    def _make_room(self, worker: WorkerView, facts: ModelView) -> tuple[ModelId, ...] | None:
-        """The fewest victims, the longest unused first, with which the model fits."""
-        if fit(footprint(worker, facts.model, facts), (), worker.budget_bytes) is not None:
-            return None
-        ranked = sorted(
-            (rank, model)
-            for model in self.assigned[worker.worker]
-            if model != facts.model
-            for rank in (self._victim_rank(worker.worker, model),)
-            if rank is not None
-        )
-        taken: list[ModelId] = []
-        for _, model in ranked:
-            taken.append(model)
-            if self._fits(worker, facts, tuple(taken)) is None:
-                break
+    def _holders(self, model: ModelId) -> list[int]:
+        held = self._held_by.get(model)
+        if held is not None:
+            return held
+        row = self.columns.row.get(model)
+        if row is None:
+            held = [worker for worker, seen in enumerate(self.workers) if model in seen.assigned]
+        elif not self._held_at_first(row):
+            held = []
         else:
-            return None
-        for model in list(taken):
-            spared = tuple(m for m in taken if m != model)
-            if self._fits(worker, facts, spared) is None:
-                taken.remove(model)
-        return tuple(taken)
+            if self._order is None or self._starts is None:
+                # Bindings by model: made when first asked for.
+                self._order = np.argsort(self.binding_row, kind="stable")
+                ordered = self.binding_row[self._order]
+                self._starts = np.searchsorted(ordered, np.arange(len(self.columns.ids) + 1))
+            found = self._order[self._starts[row] : self._starts[row + 1]]
+            held = self.binding_worker[found].tolist()
+        self._held_by[model] = held
+        return held
 
-    def _victim_rank(self, worker: str, model: ModelId) -> tuple[int, int, float] | None:
-        """None when the model may not be taken from this worker, else what goes first."""
-        facts = self.view.models.get(model)
-        if facts is None:
-            return (-1, 0, 0.0)
-        policy, at = self.policy, self.view.at
-        if self.assigned[worker][model].since >= at:
-            return None
-        age = at - self.assigned[worker][model].since
-        least_age = max(policy.victim_min_age_s, policy.victim_min_age_loads * facts.load_seconds)
-        copies = self.count.get(model, 0)
-        serves = self.view.workers[worker].serves
-        if age < least_age or (serves and copies <= facts.min_copies):
-            return None
-        demand = facts.demand
-        if not facts.waiting and not demand.backlog:
-            if at - demand.last_active >= policy.victim_idle_s:
-                return (0, facts.priority, demand.last_active)
-            return None
-        # A copy more than its demand wants waits only for its hold-down to be over.
-        if copies > 1 and demand.need <= policy.target_utilization * (copies - 1):
-            return (1, facts.priority, demand.last_active)
-        return None
+    def _held_at_first(self, row: int) -> bool:
+        # Whoever changes a model's bindings asks for its holders before.
+        return bool(self.holding[row])
 
-    def _refuse(self, facts: ModelView, closest: Refusal | None) -> Refused:
-        model, workers = facts.model, self.view.workers.values()
-        if not workers:
-            return Refused(model, Refusal("no worker is there"), "no_worker")
-        too_large = {
-            worker.worker: no
-            for worker in workers
-            if worker.budget_bytes > 0
-            and (no := fit(footprint(worker, model, facts), (), worker.budget_bytes)) is not None
-        }
-        failed = [worker for worker in workers if model in worker.failed]
-        impossible = too_large.keys() | {worker.worker for worker in failed}
-        if len(impossible) == len(workers) and not self._holders.get(model):
-            if failed:
-                error = Refusal(f"it failed to load: {failed[0].failed[model]}")
-                return Refused(model, error, "failed_to_load", permanent=True, code="model_failed")
-            largest = max(too_large.values(), key=lambda no: no.free_bytes)
-            return Refused(model, largest, "too_large", permanent=True)
-        if closest is not None:
-            hopeless = closest in too_large.values()
-            return Refused(model, closest, "too_large" if hopeless else "no_room")
-        if not any(worker.takes_new for worker in workers):
-            nobody = Refusal("every worker is leaving or without its engine")
-            return Refused(model, nobody, "leaving")
-        return Refused(model, Refusal("every worker that can take it has it already"), "has_all")
+    def _touch(self, worker: int) -> None:
+        if worker not in self._assigned:
+            self._assigned[worker] = dict(self.workers[worker].assigned)
+            self._sizes[worker] = dict(self.rooms[worker].sizes)
 
-    def _score(self, worker: WorkerView, facts: ModelView) -> float:
-        filled = 0.0
-        if worker.budget_bytes > 0:
-            filled = used_bytes(self.sizes(worker.worker).values()) / worker.budget_bytes
-        return (
-            self._busy[worker.worker]
-            + self.policy.load_weight * self._load_seconds(worker, facts)
-            + self.policy.memory_weight * filled
-        )
+    def _counted(self, model: ModelId, worker: int, by: int) -> None:
+        row = self.columns.row.get(model)
+        if row is None:
+            return
+        self.holding[row] += by
+        if self.serves[worker]:
+            self.count[row] += by
 
-    def _load_seconds(self, worker: WorkerView, facts: ModelView) -> float:
-        report = worker.reported.get(facts.model)
-        if report is not None and report.tier == "device":
-            return 0.0
-        seconds = facts.load_seconds or self.policy.unknown_load_s
-        if report is not None and report.tier == "host":
-            return report.load_seconds or seconds * self.policy.host_load_share
-        return seconds
+    def _is_served(self, worker: int) -> bool:
+        seen = self.workers[worker]
+        if worker not in self._sizes:
+            return self.rooms[worker].is_served(seen)
+        held = self._sizes[worker].values()
+        return not held or can_be_served(held, seen.budget_bytes, seen.host_bytes)
 
-    def _why(self, worker: WorkerView, facts: ModelView) -> str:
-        report = worker.reported.get(facts.model)
-        tier = "disk" if report is None else report.tier
-        busy = max(self._busy[worker.worker], 0.0)
-        return f"weights on {tier}, device {busy:.0%} asked for"
 
-    def _utilization(self, worker: str) -> float:
-        return sum(self._share(model) for model in self.assigned[worker])
+def is_asked(facts: ModelView) -> bool:
+    """Whether anything waits for the model or runs on it."""
+    return facts.waiting or facts.demand.backlog > 0
 
-    def _share(self, model: ModelId) -> float:
-        facts = self.view.models.get(model)
-        if facts is None or not facts.demand.need:
-            return 0.0
-        return facts.demand.need / max(self.count.get(model, 0), 1)
+
+def _joined(parts: list[Ints]) -> Ints:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import msgspec
 
-from services.placer.core.fleet import Refused
-from services.placer.core.plan import Plan, is_asked
-from services.placer.core.view import View, footprint, residents
-from shared.fit import Refusal, fit_tiers
+from services.placer.core.changes import Plan
+from services.placer.core.choose import Chooser
+from services.placer.core.fleet import Fleet, is_asked
+from services.placer.core.policy import Policy
+from services.placer.core.refused import Refused
+from services.placer.core.view import Binding, View
+from shared.fit import Refusal
 from shared.names import ModelId
 
 
 def verify(plan: Plan, view: View) -> tuple[Plan, tuple[Refused, ...]]:
     """What of the plan can be applied to `view`, and what not, with the reasons."""
+    if not plan.changes:
+        return plan, ()
     refused: list[Refused] = []
-    assigned = {name: set(worker.assigned) for name, worker in view.workers.items()}
+    fleet = Fleet(view, Policy())
+    chooser = Chooser(fleet)
 
     def busy(model: ModelId) -> bool:
         facts = view.models.get(model)
@@ -25,52 +31,49 @@ def verify(plan: Plan, view: View) -> tuple[Plan, tuple[Refused, ...]]:
 
     unbind = []
     for gone in plan.unbind:
-        if gone.model not in assigned.get(gone.worker, ()):
+        worker = fleet.number.get(gone.worker)
+        if worker is None or gone.model not in fleet.assigned(worker):
             continue
         if gone.idle and busy(gone.model):
             refused.append(Refused(gone.model, Refusal("it is asked again"), "overtaken"))
             continue
-        assigned[gone.worker].discard(gone.model)
+        fleet.remove(gone.model, worker)
         unbind.append(gone)
 
     bind = []
     for new in plan.bind:
-        no = _refuse(view, assigned, new.model, new.worker)
+        no = _refuse(chooser, new.model, new.worker)
         if no is not None:
             refused.append(Refused(new.model, no, "overtaken"))
             continue
-        assigned[new.worker].add(new.model)
+        fleet.add(new.model, fleet.number[new.worker], Binding(view.at))
         bind.append(new)
 
-    held = {model for models in assigned.values() for model in models}
     retire = tuple(
         gone
         for gone in plan.retire
-        if gone.model not in held and (gone.code is not None or not busy(gone.model))
+        if not fleet.holders(gone.model) and (gone.code is not None or not busy(gone.model))
     )
     kept = msgspec.structs.replace(plan, bind=tuple(bind), unbind=tuple(unbind), retire=retire)
     return kept, tuple(refused)
 
 
-def _refuse(
-    view: View, assigned: dict[str, set[ModelId]], model: ModelId, name: str
-) -> Refusal | None:
-    worker = view.workers.get(name)
-    facts = view.models.get(model)
+def _refuse(chooser: Chooser, model: ModelId, name: str) -> Refusal | None:
+    fleet = chooser.fleet
+    worker, facts = fleet.number.get(name), fleet.view.models.get(model)
     if worker is None:
         return Refusal(f"worker {name} is gone")
     if facts is None:
         return Refusal("the model is not active any more")
-    if not worker.takes_new:
+    if not fleet.takes[worker]:
         return Refusal(f"worker {name} is leaving or without its engine")
-    if model in assigned[name]:
+    if model in fleet.assigned(worker):
         return Refusal(f"worker {name} has it already")
-    held = sum(model in assigned[other] for other, seen in view.workers.items() if seen.serves)
-    if held >= facts.copies_limit(sum(seen.serves for seen in view.workers.values())):
+    if fleet.copies(model) >= facts.copies_limit(fleet.serving):
         return Refusal("it has all the copies it may have")
-    return fit_tiers(
-        footprint(worker, model, facts),
-        residents(worker, assigned[name], view.models),
-        worker.budget_bytes,
-        worker.host_bytes,
-    )
+    matching = chooser.matches(facts)
+    if matching is not None and not matching[worker]:
+        return Refusal(f"worker {name} has not the labels that it asks for")
+    if worker in chooser.crowded(facts):
+        return Refusal(f"worker {name} shares its {facts.placement.spread_by} with a copy")
+    return chooser.fits(facts, worker)

@@ -16,7 +16,8 @@ from shared.models import Footprint, Placement
 from shared.names import ModelId
 
 if TYPE_CHECKING:
-    from services.placer.core.plan import Plan
+    from services.placer.core.changes import Plan
+    from services.placer.core.rooms import Room
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +35,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """Messages that workers have taken and not yet answered."""
     need: float = 0.0
     """Device-seconds per second that would serve all this in time."""
+    catching_up: float = 0.0
+    """Of `need`, what works off what waits: it is over soon."""
     last_active: float = 0.0
     """When anything was last asked of it."""
 
@@ -47,6 +50,8 @@ class Binding(msgspec.Struct, frozen=True):
 
     since: float
     reason: str = ""
+    spare: bool = False
+    """A copy that nobody needs yet, in memory that nobody needs: first to make room."""
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +96,9 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     takes_new: bool = True
     """Neither draining nor without its engine."""
     serves: bool = True
-    """Its bindings count. False when it is draining, or its engine has been down for long."""
+    """Its bindings count. False when it leaves, or its engine has been down for long."""
+    leaving: bool = False
+    """It was asked to leave: what it has is bound elsewhere first."""
     assigned: Mapping[ModelId, Binding] = {}
     reported: Mapping[ModelId, ModelReport] = {}
     failed: Mapping[ModelId, str] = {}
@@ -102,10 +109,39 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     """As it reports them (`shared.models.Placement`)."""
     copied_s: float = 0.0
     """Seconds of loading that it was given lately, decaying (`Policy.load_share`)."""
+    slowness: float = 1.0
+    """Its own measured seconds per request over the fleet's mean, of the models that it has."""
+    room: Room | None = None
+    """What all that is assigned takes, where the maker of the view has it at hand."""
 
     def is_bound(self, model: ModelId) -> bool:
         report = self.reported.get(model)
         return report is not None and report.bound
+
+
+class Move(msgspec.Struct, frozen=True):
+    """A binding on its way from one worker to another: bound there before it goes here."""
+
+    model: ModelId
+    source: str
+    target: str
+    since: float
+    done: float | None = None
+    """Since when only the target has it; nothing undoes it for a while."""
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """What spreads over time that which nobody waits for."""
+
+    spared: float | None = None
+    """When spare copies were last added."""
+    balanced: float | None = None
+    """When it was last looked for workers that are asked too much."""
+    moves: tuple[Move, ...] = ()
+    """Under way, or done lately."""
+    put_off: Mapping[ModelId, float] = {}
+    """Models that are due and were not looked at, as there was too much to decide
+    (`Policy.work_per_tick`), and since when."""
 
 
 class FleetSince(msgspec.Struct, frozen=True):
@@ -113,6 +149,8 @@ class FleetSince(msgspec.Struct, frozen=True):
 
     short: float | None = None
     ample: float | None = None
+    idle: float | None = None
+    """Since when nobody has asked for anything."""
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +160,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     workers: Mapping[str, WorkerView] = {}
     models: Mapping[ModelId, ModelView] = {}
     fleet_since: FleetSince = FleetSince()
+    pace: Pace = Pace()
 
 
 def footprint(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Footprint:
@@ -131,16 +170,22 @@ def footprint(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Fo
     report = worker.reported.get(model)
     if report is not None and report.footprint.measured and report.footprint.weights_bytes:
         return report.footprint
-    if facts is not None:
-        known = facts.known.get(worker.device_kind)
-        if known is not None:
-            return _as_held(worker, known)
+    if facts is not None and worker.device_kind in facts.known:
+        return _as_held(worker, facts.known[worker.device_kind])
     if report is not None and report.footprint.weights_bytes:
         return report.footprint
     if facts is None:
         return Footprint(0, 0, measured=False)
+    return _as_held(worker, expected(worker.device_kind, facts))
+
+
+def expected(device_kind: str, facts: ModelView) -> Footprint:
+    """What the model takes on a device of this kind whose worker has not looked at it."""
+    known = facts.known.get(device_kind)
+    if known is not None:
+        return known
     if facts.estimate is not None:
-        return _as_held(worker, facts.estimate)
+        return facts.estimate
     return Footprint(facts.size_bytes, 0, measured=False, pinned=facts.stateful)
 
 
@@ -148,24 +193,6 @@ def _as_held(worker: WorkerView, size: Footprint) -> Footprint:
     if worker.shares or not size.shares:
         return size
     return msgspec.structs.replace(size, shares=())
-
-
-def asks_for_depth(view: View) -> list[ModelId]:
-    """The models of which only the broker knows what waits: a consumer's window is full, or
-    nobody consumes, or something waited when last asked. All others hold all they were sent."""
-    saturated: set[ModelId] = set()
-    consumed: set[ModelId] = set()
-    for worker in view.workers.values():
-        for model, report in worker.reported.items():
-            if report.bound:
-                consumed.add(model)
-                if report.saturated:
-                    saturated.add(model)
-    return [
-        model
-        for model, facts in view.models.items()
-        if model in saturated or model not in consumed or facts.waiting or facts.demand.ready
-    ]
 
 
 def copies(view: View) -> dict[ModelId, int]:
@@ -188,15 +215,17 @@ def residents(
 def applied(view: View, plan: Plan) -> View:
     """The view once the plan has been carried out, before any worker has reacted."""
     assigned = {name: dict(worker.assigned) for name, worker in view.workers.items()}
+    copied = {name: worker.copied_s for name, worker in view.workers.items()}
     for gone in plan.unbind:
         assigned[gone.worker].pop(gone.model, None)
     for new in plan.bind:
-        assigned[new.worker][new.model] = Binding(view.at, new.reason)
+        assigned[new.worker][new.model] = Binding(view.at, new.reason, new.spare)
+        copied[new.worker] += new.load_s
     left = {retired.model for retired in plan.retire}
     return View(
         at=view.at,
         workers={
-            name: msgspec.structs.replace(worker, assigned=assigned[name])
+            name: msgspec.structs.replace(worker, assigned=assigned[name], copied_s=copied[name])
             for name, worker in view.workers.items()
         },
         models={
@@ -205,4 +234,5 @@ def applied(view: View, plan: Plan) -> View:
             if model not in left
         },
         fleet_since=plan.fleet_since,
+        pace=plan.pace,
     )

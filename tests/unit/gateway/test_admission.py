@@ -69,6 +69,31 @@ def test_requests_that_failed_do_not_look_like_throughput():
     assert admission.retry_after_s("bert", 10.1) > 5
 
 
+def test_a_tenant_is_bounded_over_all_models_and_others_are_not_affected():
+    """Who names nobody has no such bound; told when to come back by the tenant's own rate."""
+    admission = Admission(10, 100, 2)
+    assert admission.enter("a", 0.0, "t") is None
+    assert admission.enter("b", 0.0, "t") is None
+    refused = admission.enter("c", 5.0, "t")
+    assert (refused.reason, refused.retry_after_s) == ("tenant_full", 5)
+    assert admission.enter("c", 5.0, "u") is None
+    assert all(admission.enter("c", 5.0) is None for _ in range(5))
+    admission.validate()
+    admission.leave("a", 6.0, answered=True, tenant="t")
+    assert admission.enter("c", 6.0, "t") is None
+    admission.validate()
+
+
+def test_a_refused_request_counts_for_nobody():
+    """Whichever bound it met."""
+    admission = Admission(1, 100, 1)
+    assert admission.enter("a", 0.0, "t") is None
+    assert admission.enter("a", 0.0, "u").reason == "model_full"
+    assert admission.enter("b", 0.0, "t").reason == "tenant_full"
+    assert admission.enter("b", 0.0, "u") is None
+    admission.validate()
+
+
 def test_bytes_are_bounded_and_given_back():
     """What would not fit takes nothing; what is dropped makes room."""
     admission = Admission(10, 100)

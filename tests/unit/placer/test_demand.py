@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
@@ -157,3 +159,22 @@ def test_a_worker_that_is_gone_takes_its_rate_along_but_not_the_models_memory():
     demand = tracker.demand(A, 0, 0.1, now + 0.1)
     assert demand.rate_fast > 80
     assert demand.held == 0
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "rate_fast"),
+    [
+        (50, (50 - 2 * 50**0.5) / 0.25),
+        (8, 20 + (8 / 0.25 - 20) * (1 - math.exp(-0.25))),
+    ],
+)
+def test_a_surge_counts_at_once_and_what_may_be_chance_does_not(arrivals, rate_fast):
+    """One interval with ten times as many requests is no chance: all but what may be one is
+    believed. A few more than usual are left to the average."""
+    tracker = DemandTracker(Policy())
+    for seq in range(41):
+        now = seq * 0.25
+        tracker.observe([report(seq, now, seq * 5)], {}, now)
+    tracker.observe([report(41, now + 0.25, seq * 5 + arrivals)], {}, now + 0.25)
+    found = tracker.demand(A, 0, 0.1, now + 0.25).rate_fast
+    assert found == pytest.approx(rate_fast, rel=0.01)

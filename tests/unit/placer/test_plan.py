@@ -16,7 +16,6 @@ from services.placer.core.view import (
     View,
     WorkerView,
     applied,
-    asks_for_depth,
 )
 from shared.control import ModelReport
 from shared.layout import Share
@@ -421,25 +420,6 @@ def test_higher_priority_is_placed_first_when_memory_is_short():
     """Of two that wait for one place."""
     models = [model("low", waiting=True), model("high", waiting=True, priority=1)]
     assert binds(plan(view([worker("w1", budget=15)], models), POLICY)) == {("high", "w1")}
-
-
-def test_only_what_the_broker_alone_knows_is_asked_of_it():
-    """Saturated, unbound, waiting, or with a rest; never the many that are simply bound."""
-    fleet = [
-        worker(
-            "w1",
-            "full",
-            "bound",
-            "rest",
-            reports=[
-                report("full", bound=True, saturated=True),
-                report("bound", bound=True),
-                report("rest", bound=True),
-            ],
-        )
-    ]
-    models = [model("full"), model("bound"), model("rest", ready=3), model("unbound")]
-    assert set(asks_for_depth(view(fleet, models))) == {"full/1", "rest/1", "unbound/1"}
 
 
 def test_verification_refuses_only_what_has_become_wrong():

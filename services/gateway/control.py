@@ -1,0 +1,254 @@
+"""Every route but inference: health, metadata, statistics, the repository."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from services.gateway import openapi
+from services.gateway.body import Held, stream_body
+from services.gateway.config import GatewayConfig
+from services.gateway.core.admission import Admission
+from services.gateway.lifecycle import Lifecycle
+from services.gateway.overrides import check_unload, decode_load
+from services.gateway.registry import Registry, decode_registration
+from services.gateway.rpc import Rpc
+from services.gateway.statistics import Statistics
+from services.gateway.status import VERSION, Status
+from shared.blobs import check_digest
+from shared.errors import InvalidRequest, TooLarge, Unavailable
+from shared.names import check_name, check_version
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+_BODY_BYTES: Final = 1024 * 1024
+"""JSON: a model's description, a filter."""
+_PAGE_HEADERS: Final = {
+    "content-security-policy": "default-src 'none'; connect-src 'self'; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
+}
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class Control:
+    """Everything but inference: health, models, the repository."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        status: Status,
+        statistics: Statistics,
+        registry: Registry,
+        lifecycle: Lifecycle,
+        admission: Admission,
+        rpc: Rpc,
+    ) -> None:
+        self._config = config
+        self._status = status
+        self._statistics = statistics
+        self._registry = registry
+        self._lifecycle = lifecycle
+        self._admission = admission
+        self._rpc = rpc
+
+    def routes(self) -> list[BaseRoute]:
+        model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
+        stored = "/v2/repository/models/{model}"
+        table: list[tuple[str, str, Handler]] = [
+            ("GET", "/v2/health/live", self.live),
+            ("GET", "/v2/health/ready", self.ready),
+            ("GET", "/v2", self.server),
+            ("GET", "/openapi.json", self.openapi),
+            ("GET", "/docs", self.page),
+            ("GET", "/v2/models/stats", self.all_statistics),  # before a model of that name
+            ("GET", model, self.metadata),
+            ("GET", version, self.metadata),
+            ("GET", f"{model}/config", self.configuration),
+            ("GET", f"{version}/config", self.configuration),
+            ("GET", f"{model}/ready", self.model_ready),
+            ("GET", f"{version}/ready", self.model_ready),
+            ("GET", f"{model}/stats", self.statistics),
+            ("GET", f"{version}/stats", self.statistics),
+            ("GET POST", "/v2/repository/index", self.index),
+            ("POST", f"{stored}/load", self.load),
+            ("POST", f"{stored}/unload", self.unload),
+            ("HEAD", "/v2/repository/blobs/{digest}", self.find_blob),
+            ("PUT", "/v2/repository/blobs/{digest}", self._counted(self.put_blob)),
+            ("GET", stored, self.detail),
+            ("DELETE", stored, self.remove),
+            ("POST", f"{stored}/versions", self._counted(self.register)),
+            ("PUT", f"{stored}/versions/{{version}}", self._counted(self.register)),
+            ("DELETE", f"{stored}/versions/{{version}}", self.remove),
+        ]
+        paths: dict[str, dict[str, Handler]] = {}
+        for methods, path, handler in table:
+            for method in methods.split():
+                paths.setdefault(path, {})[method] = handler
+        return [_route(path, handlers) for path, handlers in paths.items()]
+
+    # --- health and metadata
+
+    async def live(self, _: Request) -> Response:
+        return _json({"live": True})
+
+    async def ready(self, _: Request) -> Response:
+        """Only the way to the workers counts: models come and go without it turning."""
+        if self._rpc.ready:
+            return _json({"ready": True})
+        raise Unavailable("the message broker is not connected")
+
+    async def server(self, _: Request) -> Response:
+        return _json(self._status.server())
+
+    async def openapi(self, _: Request) -> Response:
+        return Response(openapi.document(VERSION), media_type="application/json")
+
+    async def page(self, _: Request) -> Response:
+        return Response(openapi.page(), media_type="text/html", headers=_PAGE_HEADERS)
+
+    async def metadata(self, request: Request) -> Response:
+        return _json(await self._status.metadata(*_model(request)))
+
+    async def configuration(self, request: Request) -> Response:
+        return _json(await self._status.configuration(*_model(request)))
+
+    async def model_ready(self, request: Request) -> Response:
+        name, version = _model(request)
+        ready, where = await self._status.readiness(name, version)
+        if ready:
+            return _json({"name": name, "ready": True})
+        return _json({"name": name, "ready": False, "error": where}, 503)
+
+    async def statistics(self, request: Request) -> Response:
+        return _json(await self._statistics.of(*_model(request)))
+
+    async def all_statistics(self, _: Request) -> Response:
+        return _json(await self._statistics.of_all())
+
+    # --- the repository
+
+    async def load(self, request: Request) -> Response:
+        name, _ = _model(request)
+        held = Held(self._admission)
+        try:
+            body = await self._body(request, self._config.load_limit_bytes, held)
+            # Tens of megabytes of base64 would hold up everybody else.
+            loading = await asyncio.to_thread(decode_load, body)
+            await self._lifecycle.load(name, loading)
+        finally:
+            held.release()
+        return _json({})
+
+    async def unload(self, request: Request) -> Response:
+        name, _ = _model(request)
+        check_unload(await self._body(request))
+        await self._lifecycle.unload(name)
+        return _json({})
+
+    async def index(self, request: Request) -> Response:
+        wanted = _IndexFilter()
+        body = await self._body(request) if request.method == "POST" else b""
+        if body.strip():
+            try:
+                wanted = _index_filters.decode(body)
+            except (ValueError, RecursionError) as error:
+                raise InvalidRequest(f"the filter is not valid: {str(error)[:200]}") from None
+        return _json(await self._status.index(ready_only=wanted.ready))
+
+    async def detail(self, request: Request) -> Response:
+        return _json(await self._status.detail(_model(request)[0]))
+
+    async def find_blob(self, request: Request) -> Response:
+        digest = check_digest(request.path_params["digest"])
+        size = await self._registry.blob_size(digest)
+        return Response(status_code=404 if size is None else 200, headers=_blob(digest, size))
+
+    async def put_blob(self, request: Request) -> Response:
+        digest = check_digest(request.path_params["digest"])
+        limit = self._config.upload_limit_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise TooLarge(f"the upload has {int(declared)} bytes, the limit is {limit}")
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise InvalidRequest("an upload takes no Content-Encoding: its digest is of the file")
+        size = await self._registry.blob_size(digest)
+        if size is not None:
+            # The server reads the rest of the body and drops it.
+            return _json({"digest": digest, "size_bytes": size})
+        pieces = stream_body(
+            request.receive, limit_bytes=limit, timeout_s=self._config.body_timeout_s
+        )
+        size = await self._registry.upload(digest, pieces)
+        return _json({"digest": digest, "size_bytes": size}, 201)
+
+    async def register(self, request: Request) -> Response:
+        name, version = _model(request)
+        registration = decode_registration(await self._body(request))
+        return _json(await self._registry.register(name, version, registration), 201)
+
+    async def remove(self, request: Request) -> Response:
+        await self._registry.remove(*_model(request))
+        return Response(status_code=204)
+
+    def _counted(self, handler: Handler) -> Handler:
+        async def counted(request: Request) -> Response:
+            with self._registry.counted():
+                return await handler(request)
+
+        return counted
+
+    async def _body(
+        self, request: Request, limit_bytes: int = _BODY_BYTES, held: Held | None = None
+    ) -> bytes:
+        pieces = stream_body(
+            request.receive,
+            limit_bytes=limit_bytes,
+            timeout_s=self._config.body_timeout_s,
+        )
+        read = []
+        async for piece in pieces:
+            if held is not None:
+                held.grow(len(piece))
+            read.append(piece)
+        return b"".join(read)
+
+
+class _IndexFilter(msgspec.Struct):
+    ready: bool = False
+
+
+_index_filters: Final = msgspec.json.Decoder(_IndexFilter)
+
+
+def _route(path: str, handlers: dict[str, Handler]) -> Route:
+    async def endpoint(request: Request) -> Response:
+        # Starlette adds HEAD to GET by itself.
+        return await handlers.get(request.method, handlers.get("GET", _not_allowed))(request)
+
+    return Route(path, endpoint, methods=list(handlers))
+
+
+async def _not_allowed(_: Request) -> Response:
+    raise HTTPException(405)
+
+
+def _model(request: Request) -> tuple[str, int | None]:
+    """Name and version in the path, checked. Raises `InvalidRequest`."""
+    version = request.path_params.get("version")
+    name = check_name(request.path_params["model"])
+    return name, None if version is None else check_version(version)
+
+
+def _json(data: Any, status: int = 200) -> Response:
+    return Response(_encode(data), status, media_type="application/json")
+
+
+def _blob(digest: str, size: int | None) -> dict[str, str]:
+    return {} if size is None else {"roost-blob-size": str(size), "roost-blob-digest": digest}

@@ -1,0 +1,79 @@
+"""Loading and unloading, as Triton's clients mean it.
+
+Here a registered model needs no loading: a request brings it in. So `load` takes an `unload`
+back, registers what the client brings along, and answers when the model can be asked, through
+this gateway and as far as it can be known through the others. `unload` is kept in the registry
+(docs/adr/0015): every gateway and the placer refuse the model until it is loaded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import msgspec
+import structlog
+
+from services.gateway.overrides import Loading
+from services.gateway.registry import Registry
+from shared.catalog import NEGATIVE_TTL_S, TTL_S
+from shared.errors import InvalidRequest, ModelNotFound
+from shared.models import ModelSpec
+from shared.repository import Repository
+
+log = structlog.get_logger(__name__)
+
+_MARGIN_S: Final = 0.05
+
+
+class Lifecycle:
+    def __init__(self, repository: Repository, registry: Registry) -> None:
+        self._repository = repository
+        self._registry = registry
+
+    async def load(self, name: str, loading: Loading) -> None:
+        """Returns when the model can be asked. Raises `ModelNotFound`; `InvalidRequest`,
+        `AlreadyExists` for what the client brings along."""
+        if loading.config is not None:
+            with self._registry.counted():
+                await self._register(name, loading)
+        was_unloaded = await asyncio.to_thread(self._repository.load, name)
+        if was_unloaded:
+            log.info("model_loaded", model=name)
+        if was_unloaded or loading.config is not None:
+            hinted = await self._registry.changed(name)
+            # Others believe what they knew until the hint has come, or that is old.
+            await asyncio.sleep((NEGATIVE_TTL_S if hinted else TTL_S) + _MARGIN_S)
+
+    async def unload(self, name: str) -> None:
+        """Returns when it is written down. What runs is finished. Raises `ModelNotFound`."""
+        await asyncio.to_thread(self._repository.unload, name)
+        log.info("model_unloaded", model=name)
+        await self._registry.changed(name)
+
+    async def _register(self, name: str, loading: Loading) -> None:
+        present, digest = await self._newest(name)
+        assert loading.config is not None
+        if loading.files:  # they say themselves what they are
+            present = msgspec.structs.replace(present, format=msgspec.UNSET)
+        spec = loading.config.spec(name, present)
+        if not loading.files:
+            if digest is None:
+                raise ModelNotFound(f"model {name!r} is not registered")
+            await self._registry.register_file(name, None, spec, digest)
+            return
+        for file in loading.files:
+            stored, _ = await asyncio.to_thread(self._repository.put_blob, file.pieces())
+            try:
+                await self._registry.register_file(name, file.version, spec, stored)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"version {file.version}: {error.message}") from None
+
+    async def _newest(self, name: str) -> tuple[ModelSpec, str | None]:
+        """What is known of the model so far, as far as a Triton configuration does not say it."""
+        try:
+            manifest = await asyncio.to_thread(self._repository.manifest, name)
+        except ModelNotFound:
+            return ModelSpec(), None
+        fields = {field: getattr(manifest, field) for field in ModelSpec.__struct_fields__}
+        return ModelSpec(**fields), manifest.digest

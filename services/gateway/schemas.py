@@ -1,0 +1,259 @@
+"""What goes over the wire, as JSON Schema, for the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any, Final, get_args
+
+from services.gateway.core.tally import Tally, statistics
+from shared.models import Datatype
+from shared.names import HEADER_CODE
+
+Json = dict[str, Any]
+
+
+def _object(properties: Json, *optional: str, closed: bool = False) -> Json:
+    schema: Json = {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+    }
+    if closed:
+        schema["additionalProperties"] = False
+    return schema
+
+
+def _array(items: Json, **more: Any) -> Json:
+    return {"type": "array", "items": items, **more}
+
+
+def _ref(name: str) -> Json:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _like(example: Any) -> Json:
+    """A schema that has every key of the example."""
+    if isinstance(example, dict):
+        return _object({key: _like(value) for key, value in example.items()})
+    if isinstance(example, list):
+        return _array(_like(example[0]) if example else {"type": "object"})
+    return {"type": {str: "string", int: "integer", bool: "boolean"}[type(example)]}
+
+
+_STRING: Final[Json] = {"type": "string"}
+_COUNT: Final[Json] = {"type": "integer", "minimum": 0}
+_BOOL: Final[Json] = {"type": "boolean"}
+_DATATYPE: Final[Json] = {"type": "string", "enum": list(get_args(Datatype))}
+_DIMENSION: Final[Json] = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_SHAPE: Final = _array({"type": "integer", "minimum": -1})
+_PARAMETERS: Final[Json] = {
+    "type": "object",
+    "additionalProperties": {"type": ["string", "number", "boolean"]},
+}
+_TENSOR: Final = _object({"name": _STRING, "datatype": _DATATYPE, "shape": _SHAPE})
+_CONFIG_TENSOR: Final = _object({"name": _STRING, "data_type": _STRING, "dims": _SHAPE})
+_NAME: Final[Json] = {"type": "string", "minLength": 1, "maxLength": 256}
+
+_INDEX_ITEM: Final = _object(
+    {
+        "name": _STRING,
+        "version": _STRING,
+        "state": {"type": "string", "enum": ["READY", "UNAVAILABLE"]},
+        "reason": {**_STRING, "description": "Where the model is, or why it cannot be asked."},
+        "tiers": {
+            "type": "object",
+            "additionalProperties": {"type": "string", "enum": ["host", "device"]},
+            "description": "By worker; on the others it is on disk.",
+        },
+        "size_bytes": _COUNT,
+        "own_bytes": _COUNT,
+        "shared_bytes": _COUNT,
+    }
+)
+
+SCHEMAS: Final[Json] = {
+    "Error": _object({"error": {**_STRING, "minLength": 1}}),
+    "Empty": {"type": "object", "maxProperties": 0},
+    "ServerMetadata": _object({"name": _STRING, "version": _STRING, "extensions": _array(_STRING)}),
+    "Live": _object({"live": {"const": True}}),
+    "Ready": _object({"ready": {"const": True}}),
+    "ModelReady": _object({"name": _STRING, "ready": {"const": True}}),
+    "ModelNotReady": _object(
+        {"name": _STRING, "ready": {"const": False}, "error": _STRING}, "name", "ready"
+    ),
+    "ModelMetadata": _object(
+        {
+            "name": _STRING,
+            "versions": _array(_STRING, minItems=1),
+            "platform": _STRING,
+            "inputs": _array(_TENSOR),
+            "outputs": _array(_TENSOR),
+        }
+    ),
+    "ModelConfig": _object(
+        {
+            "name": _STRING,
+            "platform": _STRING,
+            "backend": _STRING,
+            "version_policy": {"type": "object"},
+            "max_batch_size": _COUNT,
+            "input": _array(_CONFIG_TENSOR),
+            "output": _array(_CONFIG_TENSOR),
+            "parameters": {"type": "object"},
+            "dynamic_batching": {"type": "object"},
+        },
+        "dynamic_batching",
+    ),
+    "Statistics": _object({"model_stats": _array(_like(statistics("", "", Tally(), [])))}),
+    "IndexItem": _INDEX_ITEM,
+    "Index": _array(_ref("IndexItem")),
+    "IndexFilter": _object({"ready": _BOOL}, "ready"),
+    "Detail": _object(
+        {
+            "name": _STRING,
+            "versions": _array(
+                {
+                    "allOf": [
+                        _ref("IndexItem"),
+                        _object(
+                            {
+                                "manifest": _ref("Manifest"),
+                                "device": _array(_STRING),
+                                "host": _array(_STRING),
+                                "bound": _array(_STRING),
+                                "device_bytes": _COUNT,
+                                "failed": {"type": "object", "additionalProperties": _STRING},
+                            }
+                        ),
+                    ]
+                }
+            ),
+        }
+    ),
+    "Load": _object(
+        {
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "config": {**_STRING, "description": "A ModelConfig, as JSON in a string."}
+                },
+                "patternProperties": {
+                    "^file:[1-9][0-9]{0,8}/[^/]+$": {**_STRING, "contentEncoding": "base64"}
+                },
+                "additionalProperties": False,
+            }
+        },
+        "parameters",
+    ),
+    "Unload": _object(
+        {"parameters": _object({"unload_dependents": _BOOL}, "unload_dependents", closed=True)},
+        "parameters",
+    ),
+    "Blob": _object({"digest": _STRING, "size_bytes": _COUNT}),
+    "InferRequest": {
+        **_object(
+            {
+                "id": {"type": "string", "maxLength": 256},
+                "parameters": {
+                    **_PARAMETERS,
+                    "properties": {
+                        "timeout": {**_COUNT, "description": "Microseconds."},
+                        "priority": {**_COUNT, "description": "1 is the most urgent, 0 none."},
+                        "binary_data_output": _BOOL,
+                    },
+                },
+                "inputs": _array(
+                    _object(
+                        {
+                            "name": _NAME,
+                            "datatype": _DATATYPE,
+                            "shape": _array(_DIMENSION, maxItems=8),
+                            "parameters": {
+                                "type": "object",
+                                "properties": {"binary_data_size": _COUNT},
+                            },
+                            "data": {"type": "array", "description": "Nested or flat."},
+                        },
+                        "parameters",
+                        "data",
+                    ),
+                    maxItems=256,
+                ),
+                "outputs": _array(
+                    _object(
+                        {
+                            "name": _NAME,
+                            "parameters": {
+                                "type": "object",
+                                "properties": {"binary_data": _BOOL},
+                            },
+                        },
+                        "parameters",
+                    ),
+                    maxItems=256,
+                ),
+            },
+            "id",
+            "parameters",
+            "outputs",
+        ),
+        "examples": [
+            {
+                "inputs": [
+                    {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [1.0, 2.0, 3.0]}
+                ]
+            }
+        ],
+    },
+    "InferResponse": _object(
+        {
+            "id": _STRING,
+            "model_name": _STRING,
+            "model_version": _STRING,
+            "parameters": _PARAMETERS,
+            "outputs": _array(
+                _object(
+                    {
+                        "name": _STRING,
+                        "datatype": _DATATYPE,
+                        "shape": _SHAPE,
+                        "parameters": {"type": "object"},
+                        "data": {"type": "array"},
+                    },
+                    "parameters",
+                    "data",
+                )
+            ),
+        },
+        "id",
+        "parameters",
+    ),
+}
+
+_ERRORS: Final = {
+    400: "What was sent is wrong, and would be wrong again.",
+    404: "There is no such model or version, or it is unloaded.",
+    408: "The body did not arrive in time.",
+    409: "The version is there already, with other content.",
+    413: "Beyond a limit, counted after decompression.",
+    429: "Too much is under way. `Retry-After` says when there should be room.",
+    500: "The model failed, or the gateway.",
+    503: "A part that is needed is away.",
+    504: "No answer before the deadline.",
+}
+_RETRY_AFTER: Final[Json] = {
+    "description": "Seconds. With 429 it is computed from how fast the model's requests are "
+    "answered now.",
+    "schema": {"type": "integer", "minimum": 1},
+}
+
+RESPONSES: Final[Json] = {
+    str(status): {
+        "description": description,
+        "headers": {
+            HEADER_CODE: {"description": "The error's code.", "schema": _STRING},
+            **({"Retry-After": _RETRY_AFTER} if status in {429, 503} else {}),
+        },
+        "content": {"application/json": {"schema": _ref("Error")}},
+    }
+    for status, description in _ERRORS.items()
+}

@@ -1,0 +1,104 @@
+"""What a planning decides: changes of bindings, and every "no" with its reason and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from services.placer.core.refused import Refused
+from services.placer.core.view import FleetSince, Pace
+from services.placer.core.wanted import Wanted
+from shared.names import ModelId
+
+
+class Considered(msgspec.Struct, frozen=True):
+    """One worker as it was judged for a copy: the least score is taken."""
+
+    worker: str
+    score: float
+    """busy + loading + memory, as `Policy` weighs them, + regret."""
+    busy: float
+    """Device-seconds per second that are asked of it."""
+    load_s: float
+    """Seconds until the copy would be on its device."""
+    free_bytes: int
+    """Of its device."""
+    regret: float = 0.0
+    """Of the models that would make room."""
+
+
+class Bind(msgspec.Struct, frozen=True):
+    model: ModelId
+    worker: str
+    reason: str
+    load_s: float = 0.0
+    """Seconds of loading that it costs the worker."""
+    spare: bool = False
+    """Nobody needs it yet (`view.Binding.spare`)."""
+    considered: tuple[Considered, ...] = ()
+    """The chosen worker first, then the next best."""
+
+
+class Unbind(msgspec.Struct, frozen=True):
+    model: ModelId
+    worker: str
+    reason: str
+    idle: bool = False
+    """Right only while nothing is asked of the model."""
+
+
+class Retire(msgspec.Struct, frozen=True):
+    """The model stops being active: its routing keys go, and its queue when it is empty."""
+
+    model: ModelId
+    reason: str
+    code: str | None = None
+    """When set, what is left in the queue is answered with this error and `reason`."""
+
+
+class Explained(msgspec.Struct, frozen=True):
+    """Why a model has as many bindings as it has."""
+
+    want: int
+    copies: int
+    need: float
+    why: str
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What to change, and why nothing else."""
+
+    bind: tuple[Bind, ...] = ()
+    unbind: tuple[Unbind, ...] = ()
+    retire: tuple[Retire, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    wanted: Wanted = Wanted()
+    explained: Mapping[ModelId, Explained] = {}
+    """Of models for which more was wanted than they had."""
+    low_since: Mapping[ModelId, float] = {}
+    """To be kept for the next view: since when each model has had a copy too many."""
+    fleet_since: FleetSince = FleetSince()
+    pace: Pace = Pace()
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.bind or self.unbind or self.retire)
+
+    def additions(self) -> Plan:
+        """Only what takes nothing from anybody: for when the view may be incomplete."""
+        disturbed = {gone.worker for gone in self.unbind}
+        return msgspec.structs.replace(
+            self,
+            bind=tuple(new for new in self.bind if new.worker not in disturbed),
+            unbind=(),
+            retire=(),
+            low_since={},
+        )
+
+    def __str__(self) -> str:
+        said = [f"+{b.model}@{b.worker} ({b.reason})" for b in self.bind]
+        said += [f"-{u.model}@{u.worker} ({u.reason})" for u in self.unbind]
+        said += [f"retire {r.model} ({r.reason})" for r in self.retire]
+        said += [f"no {r.model}: {r.refusal}" for r in self.refused]
+        return "; ".join(said) or "nothing to change"
