@@ -75,7 +75,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """So many bindings are on their way at once: more would all aim at who is cool just now."""
     move_tries: int = 8
     """So many bindings of one worker are looked at for a place elsewhere."""
-    move_least: float = 0.02
+    move_least: float = 0.05
     """What asks for less is not worth a move ..."""
     move_gain: float = 0.1
     """... and the target is to stay cooler than the source was by so much."""
