@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 INTERVAL_S = 1.0
 _WRITE_EVERY_S = 10.0
+_WAITING = 3600
+"""Intervals that wait for a disk that does not answer; the oldest are given up."""
 
 Measured = Callable[[ModelId, str], Profile | None]
 """What was measured of a model on a kind of device. It reads files."""
@@ -70,7 +73,7 @@ class Recorder:
         self._interval = 0
         """Number of the interval that is being counted."""
         self._written_at = 0.0
-        self._lines: list[Line] = []
+        self._lines = deque[Line](maxlen=_WAITING)
         self._counts: dict[ModelId, int] = {}
         self._owed: dict[ModelId, int] = {}
         self._arrived: dict[str, _Counted] = {}
@@ -204,7 +207,7 @@ class Recorder:
     # --- writing ----------------------------------------------------------------------------
 
     async def _flush(self) -> None:
-        lines, self._lines = self._lines, []
+        lines, self._lines = list(self._lines), deque(maxlen=_WAITING)
         workers = list(self._workers.values())
         untold, self._untold = self._untold, {}
         seen = {
@@ -215,9 +218,9 @@ class Recorder:
         }
         try:
             await asyncio.to_thread(self._write, lines, untold, seen, workers)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends no placer
             if not self._failing:
-                log.warning("trace_not_written", path=str(self._path), error=str(error))
+                log.warning("trace_not_written", path=str(self._path), error=repr(error))
             self._failing = True
         else:
             self._failing = False
