@@ -98,7 +98,7 @@ class Demo:
             await self.register(stack)
             await self.serve_sixty(http, watcher)
             spiker = await self.spike(stack, http, watcher)
-            await self.newcomer(stack, http, watcher)
+            await self.newcomer(stack, http, watcher, spiker.model)
             self.show(watcher, spiker)
         finally:
             watching.cancel()
@@ -293,7 +293,9 @@ class Demo:
         per_request = (time.monotonic() - begun) / (5 * models.MAX_BATCH)
         return 0.65 / per_request
 
-    async def newcomer(self, stack: Stack, http: HttpTraffic, watcher: Watcher) -> None:
+    async def newcomer(
+        self, stack: Stack, http: HttpTraffic, watcher: Watcher, spiked: str
+    ) -> None:
         await stack.remove_worker("worker-1")
         full = await watcher.until(lambda s: list(s.used_bytes) == [self.worker], 30)
         name = self.random.choice([n for n in self.names if n not in self.drawn])
@@ -302,10 +304,7 @@ class Demo:
             f"{name}, which was never asked before, is asked"
         )
         before = set((full or watcher.sights[-1]).bound())
-        # Everybody but one is asked once more; that one is then the least recently used.
-        oldest = self.random.choice(sorted(before))
-        for other in sorted(before - {oldest}):
-            await http.ask(other, 0)
+        # Who was asked just now makes room for nobody.
         await asyncio.sleep(LAST_USED_S)
         answer = await http.ask(name, 0)
         sight = await watcher.until(lambda s: name in s.resident(self.worker), 10)
@@ -314,9 +313,9 @@ class Demo:
         self.result.evicted_for_newcomer = gone[0] if gone else None
         self._no_errors([answer])
         self.checks.hold(
-            gone == [oldest] and name in after,
-            f"{', '.join(gone) or 'nobody'} made room for {name} ({oldest} was idle for longest), "
-            f"which answered after {answer.seconds * 1000:.0f} ms",
+            len(gone) == 1 and gone[0] != spiked and name in after,
+            f"{', '.join(gone) or 'nobody'} made room for {name} (nobody asks for it, and it is "
+            f"asked least as a rule), which answered after {answer.seconds * 1000:.0f} ms",
         )
 
     def show(self, watcher: Watcher, spike: picture.Spike) -> None:

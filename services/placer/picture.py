@@ -256,6 +256,7 @@ class Picture:
             present=still.present,
             need=need,
             catching_up=catching_up,
+            rate_fast=fast,
             rate_slow=slow,
             seconds=seconds,
             asked=waiting | (ready + held > 0),
@@ -270,7 +271,6 @@ class Picture:
         return Models(
             columns,
             still.bases,
-            rate_fast=fast,
             ready=ready,
             held=held,
             waiting=waiting,

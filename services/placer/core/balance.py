@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from services.placer.core.choose import Chosen
-from services.placer.core.columns import Bools
+from services.placer.core.columns import Bools, Floats
 from services.placer.core.planner import Planner
 from services.placer.core.view import Move
 from shared.names import ModelId
@@ -60,7 +60,13 @@ class _Balance:
         self.left = planner.policy.moves_at_once
         self.open: Bools = fleet.takes & fleet.serves
         self.stuck: Bools = ~fleet.serves
-        self._leave_out_backlogs()
+        columns = planner.columns
+        spiking = fleet.count > 1
+        self.passing: Floats = np.where(
+            spiking, np.maximum(columns.need - columns.usual, 0.0), columns.catching_up
+        )
+        """Of what each is asked for, what is soon over, or has workers of its own."""
+        self._leave_out_spikes()
         for move in planner.pace.moves:
             if move.done is None:
                 self.left -= 1
@@ -79,22 +85,21 @@ class _Balance:
             else:
                 self.stuck[hot] = True
 
-    def _leave_out_backlogs(self) -> None:
-        """What works off a backlog is over before a move would help: a spiking model's above all,
-        which gets workers of its own, and whose neighbours stay."""
-        fleet, columns = self.fleet, self.planner.columns
-        for row in np.flatnonzero(columns.catching_up):
-            model = columns.ids[int(row)]
-            if model is None or not fleet.count[row]:
-                continue
-            holders = fleet.holders(model)
-            share = float(columns.catching_up[row]) / int(fleet.count[row])
-            fleet.busy[holders] -= share * fleet.slowness[holders]
+    def _leave_out_spikes(self) -> None:
+        """What works off a backlog is over before a move would help. And a spiking model gets
+        workers of its own: the neighbours that it finds there stay."""
+        fleet = self.fleet
+        for row in np.flatnonzero(self.passing * (fleet.count > 0)):
+            model = self.planner.columns.ids[int(row)]
+            if model is not None:
+                holders = fleet.holders(model)
+                share = float(self.passing[row]) / int(fleet.count[row])
+                fleet.busy[holders] -= share * fleet.slowness[holders]
 
     def _share(self, model: ModelId) -> float:
         row = self.planner.columns.row[model]
-        catching_up = float(self.planner.columns.catching_up[row])
-        return self.fleet.share(model) - catching_up / max(int(self.fleet.count[row]), 1)
+        passing = float(self.passing[row]) / max(int(self.fleet.count[row]), 1)
+        return self.fleet.share(model) - passing
 
     def _foresee(self, move: Move) -> None:
         """The source has its share now, and the others will have it."""

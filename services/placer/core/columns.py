@@ -35,6 +35,7 @@ class Columns(msgspec.Struct, frozen=True):
     present: Bools
     need: Floats
     catching_up: Floats
+    rate_fast: Floats
     rate_slow: Floats
     seconds: Floats
     """Per request."""
@@ -50,6 +51,12 @@ class Columns(msgspec.Struct, frozen=True):
     placed: Sequence[ModelId]
     """Those with a word on where they may be (`Placement`)."""
 
+    @property
+    def usual(self) -> Floats:
+        """Device-seconds per second of the traffic that each has as a rule, and still has: after
+        a spike the slow average says for a minute what is over."""
+        return np.minimum(self.rate_fast, self.rate_slow) * self.seconds
+
 
 class Models(Mapping[ModelId, ModelView]):
     """The models of a view, of which each becomes an object only when it is looked at."""
@@ -59,7 +66,6 @@ class Models(Mapping[ModelId, ModelView]):
         columns: Columns,
         bases: Sequence[ModelView | None],
         *,
-        rate_fast: Floats,
         ready: Ints,
         held: Ints,
         waiting: Bools,
@@ -70,7 +76,6 @@ class Models(Mapping[ModelId, ModelView]):
         self.columns = columns
         self.owner = owner
         self._bases = bases
-        self._rate_fast = rate_fast
         self._ready = ready
         self._held = held
         self._waiting = waiting
@@ -106,7 +111,7 @@ class Models(Mapping[ModelId, ModelView]):
         return msgspec.structs.replace(
             base,
             demand=Demand(
-                rate_fast=float(self._rate_fast[row]),
+                rate_fast=float(columns.rate_fast[row]),
                 rate_slow=float(columns.rate_slow[row]),
                 seconds_per_item=float(columns.seconds[row]),
                 ready=int(self._ready[row]),
@@ -133,6 +138,7 @@ def columns_of(models: Mapping[ModelId, ModelView]) -> Columns:
         present=np.ones(len(views), bool),
         need=np.array([each.need for each in demands], float),
         catching_up=np.array([each.catching_up for each in demands], float),
+        rate_fast=np.array([each.rate_fast for each in demands], float),
         rate_slow=np.array([each.rate_slow for each in demands], float),
         seconds=np.array([each.seconds_per_item for each in demands], float),
         asked=np.array([f.waiting or f.demand.backlog > 0 for f in views], bool),

@@ -305,7 +305,7 @@ class Planner:
         """Copies that have not been needed for a while, as `low_since` tells."""
         columns, policy, at, count = self.columns, self.policy, self.view.at, self.fleet.count
         # What traffic it usually has is worth spare copies as long as memory is free.
-        spare = columns.rate_slow * columns.seconds / (0.5 * policy.spare_above)
+        spare = columns.usual / (0.5 * policy.spare_above)
         floor = np.maximum(np.maximum(columns.min_copies, 1), spare.astype(np.int64))
         low = policy.release_utilization
         some = some & (count > floor) & (columns.need < low * (count - 1))

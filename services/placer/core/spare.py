@@ -19,7 +19,7 @@ def add_spare(planner: Planner) -> None:
         return
     if spared is not None and at - spared < policy.spare_every_s:
         return
-    usual = columns.rate_slow * columns.seconds
+    usual = columns.usual
     limit = np.minimum(columns.limit, fleet.serving)
     some = (fleet.count > 0) & (fleet.count < limit) & columns.present
     some &= usual >= policy.spare_above * fleet.count

@@ -34,8 +34,9 @@ def traffic(name, *, need, slow, **facts):
     """A model with so much demand now, and so much as a rule (device s/s)."""
     seconds = 0.01
     demand = Demand(
-        need=need, rate_slow=slow / seconds, seconds_per_item=seconds, held=1, last_active=NOW
-    )
+        need=need, rate_fast=need / seconds, rate_slow=slow / seconds, seconds_per_item=seconds,
+        held=1, last_active=NOW,
+    )  # fmt: skip
     return msgspec.structs.replace(model(name, **facts), demand=demand)
 
 
@@ -367,3 +368,14 @@ def test_a_spike_moves_no_neighbour():
     decided = plan(view(fleet, models), POLICY)
     assert binds(decided) == {("hot", "w2")}
     assert not decided.unbind
+
+
+def test_what_a_spike_needed_is_given_back_though_a_minute_remembers_it():
+    """Traffic that is over is worth no spare copy, neither kept nor made."""
+    reports = [report("a", bound=True)]
+    fleet = [worker("w1", "a", reports=reports), worker("w2", "a", reports=reports)]
+    over = Demand(rate_fast=2.0, rate_slow=50.0, seconds_per_item=0.01, need=0.5, last_active=NOW)
+    a = msgspec.structs.replace(model("a"), demand=over, low_since=NOW - 60)
+    decided = plan(view(fleet, [a]), POLICY)
+    assert len(unbinds(decided)) == 1
+    assert not plan(applied(view(fleet, [a]), decided), POLICY).bind
