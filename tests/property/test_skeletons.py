@@ -139,7 +139,7 @@ def test_an_evicted_model_leaves_nothing_behind(tmp_path):
     values = MODELS["transformer"].example()
     for each in (executor, other, executor):
         harness.run(each, values)
-    storages = [view.untyped_storage() for view in executor._views]
+    storages = [view.untyped_storage() for view in executor._weights.views]
     executor.close()
     gc.collect()
     assert {torch._C._storage_Use_Count(each._cdata) for each in storages} == {1}
