@@ -19,6 +19,7 @@ from services.placer.core.policy import Policy
 from services.placer.core.verify import verify
 from services.placer.core.wanted import Wanted
 from services.placer.knowledge import Active, Knowledge
+from services.placer.looks import next_look_s, unclear
 from shared.control import Report
 from shared.layout import aligned
 from shared.models import Footprint
@@ -27,8 +28,6 @@ from sim.model import Decision, SimModel, SimWorker
 
 _NOTHING: Final = Decision()
 _CONFIG: Final = PlacerConfig()
-_SOONEST_LOOK_S: Final = 0.05
-"""As in services/placer/cycle.py."""
 
 
 class _Written(NamedTuple):
@@ -151,25 +150,11 @@ class Roost:
         self._written.pop(worker, None)
 
     def _look(self, depths: Mapping[ModelId, int]) -> None:
-        """Depths of the queues of which only the broker knows (services/placer/observe.py). A
-        backlog that is still there after a quarter of its target is looked at again then."""
-        knowledge, now = self.knowledge, self.now
-        urgent, others = [], []
-        for model, active in knowledge.active.items():
-            if model in knowledge.saturated or active.waiting_at is not None:
-                urgent.append(model)
-            elif active.depth or model not in knowledge.consumers:
-                others.append(model)
-        found = {model: depths[model] for model in self._questions.choose(urgent, others)}
-        knowledge.see_depths(found, now)
-        self.tick_s = self._tick_s
-        for model, depth in found.items():
-            active = knowledge.active[model]
-            since = active.backlog_since
-            if depth and since is not None:
-                left = since + self._models[model].manifest.target_ms / 4000 - now
-                if left > 0:
-                    self.tick_s = min(self.tick_s, max(left, _SOONEST_LOOK_S))
+        """Depths of the queues of which only the broker knows (services/placer/observe.py)."""
+        knowledge = self.knowledge
+        found = {model: depths[model] for model in self._questions.choose(*unclear(knowledge))}
+        knowledge.see_depths(found, self.now)
+        self.tick_s = min(self._tick_s, next_look_s(knowledge, found))
 
     def _follow(self, plan_: Plan) -> Decision:
         """What is not written yet, with the generation that it gets (services/placer/apply.py)."""

@@ -14,6 +14,7 @@ from services.placer.core.verify import verify
 from services.placer.core.view import View
 from services.placer.knowledge import Knowledge
 from services.placer.lease import Lease
+from services.placer.looks import next_look_s
 from services.placer.metrics import Metrics
 from services.placer.observe import Observer
 from services.placer.record import Recorder
@@ -27,8 +28,6 @@ log = structlog.get_logger(__name__)
 _APART_S = 0.02
 """Between two cycles at least, however many hints come; and as long as the last one took, so that
 a large fleet's news leaves half of the time to the reflex."""
-_SOONEST_LOOK_S = 0.05
-"""A model that aims at a few milliseconds does not make everybody's cycle that short."""
 _RELIEVED_AT_ONCE = 8
 """Models that get a copy before the rest is looked at; more are the plan's."""
 _THREAD_FROM = 500
@@ -114,7 +113,8 @@ class Cycle:
         depths_at = knowledge.clock()
         depths = await self._observer.depths(knowledge)
         knowledge.see_depths(depths, depths_at)
-        self._look_again(depths)
+        # What waits too long is looked at before the next tick.
+        self._next_s = min(self._next_s, next_look_s(knowledge, depths))
         if self._recorder is not None:
             self._recorder.observe(knowledge, depths)
         if not self._lease.valid:
@@ -180,19 +180,6 @@ class Cycle:
             return False
         waits = active.waiting_at is not None or active.backlog_since is not None
         return waits or model in knowledge.saturated
-
-    def _look_again(self, depths: dict[ModelId, int]) -> None:
-        """A backlog that is still there after a quarter of its model's target is one: the next
-        cycle begins then, not at the next tick."""
-        now = self._knowledge.clock()
-        for model, depth in depths.items():
-            active = self._knowledge.active.get(model)
-            if not depth or active is None or active.manifest is None:
-                continue
-            since = active.backlog_since
-            due = (now if since is None else since) + active.manifest.target_ms / 4000
-            if due > now:
-                self._next_s = min(self._next_s, max(due - now, _SOONEST_LOOK_S))
 
     def _tell(self, verified: Plan) -> None:
         if verified.changes:

@@ -13,6 +13,7 @@ import structlog
 
 from services.placer.core.depths import DepthQuestions
 from services.placer.knowledge import Knowledge
+from services.placer.looks import unclear
 from services.placer.metrics import Metrics
 from shared.broker.port import Broker, BrokerUnavailable
 from shared.control import Report
@@ -52,13 +53,7 @@ class Observer:
         found: dict[ModelId, int] = {}
         if not self._broker.connected:
             return found
-        urgent, others = [], []
-        for model, active in knowledge.active.items():
-            consumed = model in knowledge.consumers
-            if model in knowledge.saturated or active.waiting_at is not None:
-                urgent.append(model)
-            elif active.depth or not consumed:
-                others.append(model)
+        urgent, others = unclear(knowledge)
         asked = self._questions.choose(urgent, others)
         self._metrics.depth_questions.inc(len(asked))
         self._metrics.depths_put_off.set(len(urgent) + len(others) - len(asked))
