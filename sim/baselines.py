@@ -211,29 +211,19 @@ class Caching:
         name = self.choose(facts, now, more=more)
         if name is None:
             return set()
-        held = dict(self._bins[name].models)
-        by_age = sorted(held, key=lambda each: (self._used.get((name, each), -60.0), each))
-        kept = Bin(self._bins[name].worker)
-        for each in held.values():
-            kept.add(each)
+        kept = self._bins[name]
+        by_age = sorted(kept.models, key=lambda each: (self._used.get((name, each), -60.0), each))
         for victim in by_age:
             if kept.has_room(facts, host=False):
                 break
-            del held[victim]
-            kept = Bin(self._bins[name].worker)
-            for each in held.values():
-                kept.add(each)
+            kept = kept.without(victim)
         kept.add(facts)
         self._bins[name] = kept
         self._used[name, model] = self._loaded[name, model] = now
         return {name}
 
     def _drop(self, model: ModelId, name: str) -> None:
-        before = self._bins[name]
-        self._bins[name] = Bin(before.worker)
-        for each in before.models.values():
-            if each.id != model:
-                self._bins[name].add(each)
+        self._bins[name] = self._bins[name].without(model)
 
     def _decision(self, changed: set[str]) -> Decision:
         return Decision(

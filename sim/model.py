@@ -53,6 +53,11 @@ class SimWorker(msgspec.Struct, frozen=True, kw_only=True):
     device_kind: str = "sim"
     labels: Mapping[str, str] = {}
 
+    def reported_labels(self) -> dict[str, str]:
+        """As a worker reports them: its settings, and what each worker has. It is its own host."""
+        own = {"worker": self.name, "host": self.name, "device_kind": self.device_kind}
+        return {**self.labels, **own}
+
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Requests beforehand. `times` (s, ascending) and `which` (index into `models`) are as long

@@ -45,8 +45,7 @@ class Bin:
         return fits_both and largest <= self.worker.budget_bytes
 
     def may_have(self, model: SimModel) -> bool:
-        worker = self.worker
-        own = {"worker": worker.name, "device_kind": worker.device_kind, **worker.labels}
+        own = self.worker.reported_labels()
         selector = model.manifest.placement.worker_selector
         return model.id not in self.models and all(
             own.get(label) == value for label, value in selector.items()
@@ -58,6 +57,14 @@ class Bin:
         self._weights += size.weights_bytes
         self._workspace = max(self._workspace, size.workspace_bytes)
         self._largest = max(self._largest, size.weights_bytes + size.workspace_bytes)
+
+    def without(self, model: ModelId) -> Bin:
+        """Another one, with the rest of the models. Their load is not carried over."""
+        rest = Bin(self.worker)
+        for each in self.models.values():
+            if each.id != model:
+                rest.add(each)
+        return rest
 
 
 def mean_rates(

@@ -42,12 +42,7 @@ class Reporter:
         self._seq = 0
         self._sent_at = float("-inf")
         self._next_at = float("inf")
-        self._labels = {
-            **spec.labels,
-            "worker": spec.name,
-            "host": spec.name,
-            "device_kind": spec.device_kind,
-        }
+        self._labels = spec.reported_labels()
 
     def __repr__(self) -> str:
         return f"<Reporter {self._spec.name} seq={self._seq}>"
