@@ -14,10 +14,12 @@ from services.gateway.control import Control
 from services.gateway.core.admission import Admission
 from services.gateway.core.tally import Tallies
 from services.gateway.http import Gateway
+from services.gateway.httpinfer import HttpInference
 from services.gateway.infer import Inference
 from services.gateway.lifecycle import Lifecycle
 from services.gateway.metrics import Metrics
 from services.gateway.registry import Registry
+from services.gateway.routes import Routes
 from services.gateway.rpc import Rpc
 from services.gateway.statistics import Statistics
 from services.gateway.status import Status
@@ -73,8 +75,9 @@ async def run(
     statistics = Statistics(tallies, catalog, store, status, uuid.uuid4().hex)
     cancels = Cancels(store, metrics)
     lifecycle = Lifecycle(repository, registry)
+    inference = Inference(config, Routes(catalog), admission, rpc, metrics, statistics, cancels)
     app = Gateway(
-        Inference(config, catalog, admission, rpc, metrics, statistics, cancels),
+        HttpInference(config, inference),
         Control(config, status, statistics, registry, lifecycle, admission, rpc),
         admission,
         rpc,

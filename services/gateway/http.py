@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Router
 from services.gateway.body import ClientGone, Receive, SlowBody
 from services.gateway.control import Control
 from services.gateway.core.admission import Admission
-from services.gateway.infer import Answer, Inference
+from services.gateway.httpinfer import Answer, HttpInference
 from services.gateway.rpc import Rpc
 from shared.errors import STATUS, InvalidRequest, RoostError
 from shared.logs import bound
@@ -44,7 +44,7 @@ class Gateway:
 
     def __init__(
         self,
-        inference: Inference,
+        inference: HttpInference,
         control: Control,
         admission: Admission,
         rpc: Rpc,

@@ -1,0 +1,44 @@
+"""One inference request as a protocol brings it: HTTP, gRPC and jobs differ only in this."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+import msgspec
+
+from services.gateway.body import Held
+from shared import v2
+from shared.models import Manifest
+
+
+class Read(msgspec.Struct, frozen=True, kw_only=True):
+    """What was read of a request: within every limit, not yet held against its model."""
+
+    request: v2.InferRequest
+    body: bytes
+    """The same as v2 bytes, which is what travels to the worker."""
+    header_length: int | None
+    """Bytes of JSON before the raw tensors; None: all of the body is JSON."""
+    remaining_s: float | None = None
+    """Until the deadline that its headers name; None when they name none."""
+    tenant: str = ""
+    traceparent: str | None = None
+    """Of W3C's trace context, checked."""
+
+
+class Asked(Protocol):
+    """A request that is about to be answered."""
+
+    name: str
+    version: str | None
+    """As it stands in the address, unchecked; None: whatever the model's name leads to."""
+    correlation_id: str
+    """Of `Rpc.new_id`."""
+
+    async def read(self, manifest: Manifest, held: Held) -> Read:
+        """The request itself; its bytes are counted in `held`. Called once, after the model was
+        found. Raises `RoostError` for what is wrong with it, and `ClientGone`."""
+
+    def watched(self) -> AbstractAsyncContextManager[None]:
+        """Interrupts the body of its block with `ClientGone` when the client goes away."""
