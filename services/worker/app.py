@@ -126,7 +126,7 @@ async def run(
     agent.replier = Replier(broker, agent.settled, metrics, timeout_s=config.publish_timeout_s)
     agent.consumers = Consumers(broker, agent.items, agent.spec_of, agent.tell)
     follower = Follower(store, worker, agent.tell)
-    hangups = Hangups(store, agent.items.cancelled)
+    hangups = Hangups(store, agent.items, agent.tell)
     log.info("worker_starting", worker=worker, device=device, budget_bytes=budget)
 
     async def start_store() -> None:

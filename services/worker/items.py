@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,6 +66,14 @@ class Items:
     def request_ids(self, items: Iterable[int]) -> list[str | None]:
         """Of those that are held."""
         return [self._held[i].delivery.message.correlation_id for i in items if i in self._held]
+
+    def of_requests(self, correlation_ids: Collection[str]) -> list[int]:
+        """The items that are held of these requests."""
+        return [
+            item
+            for item, held in self._held.items()
+            if held.delivery.message.correlation_id in correlation_ids
+        ]
 
     def settled(self, item: int) -> None:
         self._held.pop(item, None)

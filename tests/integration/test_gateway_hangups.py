@@ -77,18 +77,14 @@ async def counted(rig, number):
     return await rig.metric("roost_gateway_cancelled_total") == number
 
 
-async def test_a_request_whose_client_hung_up_does_not_run(rig, tmp_path):
-    """A whole worker's agent takes its queue over after the client left: of two requests that
-    wait there, one keeps off the device."""
-    model = rig.register("late")
-    await rig.worker.broker.declare_queue(model_queue(model))
-    await rig.worker.broker.bind(model_queue(model), "late")
+@contextlib.asynccontextmanager
+async def working(rig, tmp_path):
+    """A whole worker's agent, over an engine without torch."""
     engine, stop, ready = FakeEngine(), asyncio.Event(), asyncio.Event()
     config = WorkerConfig(
         worker_id="w0", device="cpu", budget_bytes=1 << 20, repository_url=str(rig.root),
         data_dir=str(tmp_path), report_interval_s=0.05,
     )  # fmt: skip
-    store = MemoryStore(rig.state)
     worker = asyncio.create_task(
         run_worker(
             config,
@@ -103,6 +99,33 @@ async def test_a_request_whose_client_hung_up_does_not_run(rig, tmp_path):
         async with asyncio.timeout(30):
             await ready.wait()
         await until(lambda: rig.state.note_listeners)
+        yield engine
+    finally:
+        stop.set()
+        async with asyncio.timeout(10):
+            await worker
+
+
+async def assign(rig, model):
+    store = MemoryStore(rig.state)
+    await store.put_assignment(
+        Assignment(worker="w0", fence=1, generation=1, models=(Assigned(model),))
+    )
+    await store.hint(topic_assignment("w0"))
+
+
+async def hung_up(rig):
+    """The reply to the request whose client left finds nobody."""
+    return await rig.metric('roost_gateway_stray_replies_total{kind="late"}') == 1
+
+
+async def test_a_request_whose_client_hung_up_does_not_run(rig, tmp_path):
+    """A worker takes its queue over after the client left: of two requests that wait there, one
+    keeps off the device."""
+    model = rig.register("late")
+    await rig.worker.broker.declare_queue(model_queue(model))
+    await rig.worker.broker.bind(model_queue(model), "late")
+    async with working(rig, tmp_path) as engine:
         stayer = asyncio.create_task(rig.infer(name="late"))
         leaver = asyncio.create_task(rig.infer(name="late"))
 
@@ -113,20 +136,33 @@ async def test_a_request_whose_client_hung_up_does_not_run(rig, tmp_path):
         await asyncio.sleep(0.15)  # the watch begins after a tenth of a second
         leaver.cancel()
         await until(lambda: counted(rig, 1))
-        assignment = Assignment(worker="w0", fence=1, generation=1, models=(Assigned(model),))
-        await store.put_assignment(assignment)
-        await store.hint(topic_assignment("w0"))
+        await assign(rig, model)
         assert (await stayer).json()["outputs"][0]["data"] == [2.0, 4.0, 6.0]
-
-        async def refused():
-            return await rig.metric('roost_gateway_stray_replies_total{kind="late"}') == 1
-
-        await until(refused)
+        await until(lambda: hung_up(rig))
         assert sum(rows for _, rows in engine.batches) == 1
-    finally:
-        stop.set()
-        async with asyncio.timeout(10):
-            await worker
+
+
+async def test_nor_does_one_that_a_worker_holds(rig, tmp_path):
+    """It waits behind a batch, in the worker itself, as its client leaves."""
+    model = rig.register("slow")
+    await rig.worker.broker.declare_queue(model_queue(model))
+    await rig.worker.broker.bind(model_queue(model), "slow")
+    async with working(rig, tmp_path) as engine:
+        await assign(rig, model)
+        engine.gate.clear()
+        asked = [asyncio.create_task(rig.infer(name="slow")) for _ in range(4)]
+
+        def held():
+            models = rig.state.reports["w0"][1].models
+            return sum(each.held for each in models) == 4
+
+        await until(held)
+        await asyncio.sleep(0.15)  # the watch begins after a tenth of a second
+        asked[-1].cancel()
+        await until(lambda: hung_up(rig))
+        engine.gate.set()
+        assert [(await each).status_code for each in asked[:3]] == [200] * 3
+        assert sum(rows for _, rows in engine.batches) == 3
 
 
 async def test_those_who_hang_up_together_share_a_note():

@@ -37,6 +37,7 @@ from services.worker.core.events import (
     GiveBack,
     Item,
     ItemArrived,
+    ItemCancelled,
     ItemSettled,
     KeepProfile,
     KillEngine,
@@ -356,6 +357,12 @@ class World(RuleBasedStateMachine):
     def all_goes_well(self, steps: int) -> None:
         for _ in range(steps):
             self._one_step()
+
+    @precondition(lambda self: self.arrived)
+    @rule(data=st.data())
+    def a_client_hangs_up(self, data: st.DataObject) -> None:
+        """Whether its item waits, runs, or is done."""
+        self.tell(ItemCancelled(data.draw(st.integers(1, self.last_item))))
 
     @precondition(lambda self: self.unsettled)
     @rule(count=st.integers(1, 8))

@@ -165,6 +165,14 @@ class Dispatch:
         self._expiry = min((q.next_expiry() for q in self._waiting.values()), default=float("inf"))
         return actions
 
+    def cancelled(self, item: Item) -> list[Action]:
+        """Nothing is computed that nobody waits for. What runs already, runs."""
+        found = [entry for entry in self.waiting(item.model) if entry.item.item == item.item]
+        if not found:
+            return []
+        self.take_out(item.model, found)
+        return [Refuse(item.item, Fault("deadline_exceeded", "its client hung up as it waited"))]
+
     # --- out ------------------------------------------------------------------------------
 
     def next_batches(self, now: float) -> list[Action]:

@@ -106,6 +106,12 @@ class ItemArrived(msgspec.Struct, frozen=True):
     """Nobody can be answered (why): it is dead-lettered."""
 
 
+class ItemCancelled(msgspec.Struct, frozen=True):
+    """Its client has hung up: nobody waits for the answer."""
+
+    item: int
+
+
 class ItemSettled(msgspec.Struct, frozen=True):
     """The message was acknowledged, requeued or dead-lettered."""
 
@@ -140,6 +146,7 @@ Fact = (
     | ConsumerStopped
     | ConsumerGone
     | ItemArrived
+    | ItemCancelled
     | ItemSettled
     | BatchRan
     | BatchFailed

@@ -30,6 +30,10 @@ class Held:
     def __repr__(self) -> str:
         return f"Held({len(self)} with {self.bytes:,} bytes, {len(self.paused)} models paused)"
 
+    def get(self, id_: int) -> Item | None:
+        """None when it was settled."""
+        return self._items.get(id_)
+
     def arrived(self, item: Item, now: float) -> bool:
         """True when that is too much: its model is paused."""
         model = self._state.get(item.model)

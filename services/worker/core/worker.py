@@ -34,6 +34,7 @@ from services.worker.core.events import (
     ForgetModel,
     GiveBack,
     ItemArrived,
+    ItemCancelled,
     ItemSettled,
     KeepProfile,
     LoadFailed,
@@ -53,7 +54,7 @@ from shared.control import ModelReport
 from shared.models import ModelSpec
 from shared.names import ModelId
 
-_HOT = (ItemArrived, ItemSettled, BatchRan, ModelLoaded, ModelEvicted)
+_HOT = (ItemArrived, ItemCancelled, ItemSettled, BatchRan, ModelLoaded, ModelEvicted)
 """Facts of every request, or of every swap: most change nothing for what is wanted or consumed."""
 _ARRIVALS = (ItemArrived, ItemSettled)
 """Facts that make nothing possible that was not: they leave the device as it is."""
@@ -184,6 +185,9 @@ class WorkerCore:
         match fact:
             case ItemArrived():
                 return self._arrived(fact, now)
+            case ItemCancelled():
+                item = self._held.get(fact.item)
+                return [] if item is None else self.dispatch.cancelled(item)
             case ItemSettled():
                 return self._settled(fact.item)
             case BatchRan():

@@ -18,6 +18,7 @@ from services.worker.core.events import (
     GiveBack,
     Item,
     ItemArrived,
+    ItemCancelled,
     ItemSettled,
     KillEngine,
     LoadModel,
@@ -113,6 +114,19 @@ def test_little_is_queued_ahead():
     assert slow.core.next_wakeup(0.0) == 0.1 - 0.010
     slow.now = 0.095
     assert len(of(RunBatch, slow.tell())) == 1
+
+
+def test_what_nobody_waits_for_any_more_is_not_run():
+    """It leaves those that wait; what runs, runs, and what is settled is nobody's."""
+    desk = Desk(A)
+    desk.arrive(A, 1)
+    desk.arrive(A, 3)
+    cancelled = desk.tell(ItemCancelled(3), ItemCancelled(1), ItemCancelled(99))
+    assert [refused.item for refused in of(Refuse, cancelled)] == [3]
+    desk.now += 0.004
+    actions = desk.tell(ItemSettled(3), BatchRan(1, (), 0.004, 0), ItemCancelled(3))
+    assert [run.items for run in of(RunBatch, actions)] == [(2, 4)]
+    assert of(Refuse, actions) == []
 
 
 def test_a_spiking_model_leaves_others_their_share():
