@@ -14,6 +14,7 @@ import torch
 import uvloop
 
 from benchmarks import (
+    connections,
     density,
     engine,
     goodput,
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--registered", type=int, default=0, help="density: drawn out of so many")
     parser.add_argument("--fine-tunes", type=int, default=0, help="density: of one backbone")
     parser.add_argument("--rounds", type=int, default=0, help="swap, idle: how many")
+    parser.add_argument("--connections", type=int, default=0, help="connections: how many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="keep the outcome in docs/results")
     return parser
@@ -84,6 +86,10 @@ def _idle(args: argparse.Namespace) -> Awaitable[Outcome]:
     return idle.run(args.device, rounds=args.rounds or 6, seed=args.seed)
 
 
+def _connections(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return connections.run(args.device, connections=args.connections or 10_000, seed=args.seed)
+
+
 def _placer(args: argparse.Namespace) -> Awaitable[Outcome]:
     return placer.run(args.device)
 
@@ -102,6 +108,7 @@ BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Awaitable[Outcome]]]]
     "idle": _idle,
     "placer": _placer,
     "reality": _reality,
+    "connections": _connections,
 }
 
 

@@ -15,7 +15,6 @@ from typing import Any, Final
 import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -27,6 +26,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from shared.names import HEADER_CODE
+from shared.nvmetrics import encoder
 from shared.v2 import error_body
 
 log = structlog.get_logger(__name__)
@@ -41,6 +41,8 @@ HEAD_LIMIT_BYTES: Final = 64 * 1024
 KEEP_ALIVE_S: Final = 75
 """Longer than the idle time of usual proxies (60 s): else they send on closing connections."""
 BACKLOG: Final = 2048
+_OTHER_FILES: Final = 256
+"""That a service may need open beside its connections: uploads, the broker, the store."""
 REFUSALS_LOGGED_S: Final = 10.0
 """A log line tells of the connections refused in so long: any client can provoke them."""
 
@@ -53,7 +55,7 @@ async def serve(
     on_started: Callable[[int], None] | None = None,
     *,
     grace_s: float = 10.0,
-    max_connections: int = 8192,
+    max_connections: int = 16384,
     max_requests: int = 4096,
 ) -> None:
     """Serves until `stop` is set; then takes no more connections, lets running requests finish
@@ -68,7 +70,7 @@ async def serve(
     listener = _listen(host, port)
     config = _Config(
         app,
-        crowd=_Crowd(min(max_connections, _openable())),
+        crowd=_Crowd(_openable(max_connections)),
         max_requests=max_requests,
         http=_Protocol,
         ws="none",
@@ -100,7 +102,7 @@ def metrics_route(registry: CollectorRegistry) -> Route:
     # Not async: Starlette then runs it in a thread, and thousands of models' series do not
     # hold up the event loop.
     def metrics(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        encode, content_type = encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})
 
     return Route("/metrics", metrics, methods=["GET"])
@@ -118,10 +120,24 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _openable() -> float:
-    """Connections that leave the process some files to open for other purposes."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return math.inf if soft == resource.RLIM_INFINITY else max(soft - 256, soft // 2)
+def _openable(wanted: int) -> int:
+    """How many of the wanted connections there can be, with some files left for other purposes.
+    The process's own limit is raised as far as it may be: usual is one of 1,024, kept low for the
+    sake of select(), which nothing here calls."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    useful = wanted + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        useful = min(useful, hard)
+    if soft != resource.RLIM_INFINITY and soft < useful:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (useful, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    possible = max(soft - _OTHER_FILES, soft // 2)
+    if possible < wanted:
+        log.info("open_files_limit", limit=soft, connections=possible, wanted=wanted)
+    return min(possible, wanted)
 
 
 class _Crowd:

@@ -2,6 +2,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -399,3 +401,18 @@ async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 5.0
     async with asyncio.timeout(timeout_s):
         while not await condition():
             await asyncio.sleep(0.02)
+
+
+def test_a_low_limit_of_open_files_is_raised():
+    """As far as the process may, and no further; what is possible then is told."""
+    script = """
+import resource
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 2000))
+from shared.http import _openable
+print(_openable(1000), resource.getrlimit(resource.RLIMIT_NOFILE)[0], _openable(5000))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ran.stdout.splitlines()[-1].split() == ["1000", "1256", "1744"]
