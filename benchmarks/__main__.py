@@ -19,12 +19,14 @@ from benchmarks import (
     engine,
     goodput,
     idle,
+    overhead,
     oversubscribe,
     placer,
     reality,
     spike,
     swap,
 )
+from benchmarks.models import FAMILIES
 from benchmarks.outcome import Outcome, page, save, show
 from shared.units import parse_bytes
 
@@ -86,6 +88,11 @@ def _idle(args: argparse.Namespace) -> Awaitable[Outcome]:
     return idle.run(args.device, rounds=args.rounds or 6, seed=args.seed)
 
 
+def _overhead(args: argparse.Namespace) -> Awaitable[Outcome]:
+    families = (args.family,) if args.family else tuple(FAMILIES)
+    return overhead.run(args.device, families=families, rounds=args.rounds or 3, seed=args.seed)
+
+
 def _connections(args: argparse.Namespace) -> Awaitable[Outcome]:
     return connections.run(args.device, connections=args.connections or 10_000, seed=args.seed)
 
@@ -109,6 +116,7 @@ BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Awaitable[Outcome]]]]
     "placer": _placer,
     "reality": _reality,
     "connections": _connections,
+    "overhead": _overhead,
 }
 
 

@@ -11,13 +11,14 @@ import json
 import resource
 import time
 from collections import Counter
-from typing import Final, cast
+from typing import Final
 from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
 
 from benchmarks import baseline
+from benchmarks.keepalive import Connection, connect, head
 from benchmarks.outcome import Figure, Outcome, machine, now
 from benchmarks.stack import BenchStack, running
 from benchmarks.statistics import quantile
@@ -27,49 +28,7 @@ _MODEL: Final = "model"
 _AT_ONCE: Final = 64
 """Requests under way while connections are opened."""
 _PROBES: Final = 1000
-_PATIENCE_S: Final = 60.0
 _TABLE: Final = Table(cases=((1, 0.002), (32, 0.008)), load_seconds=0.05)
-
-
-class _Connection(asyncio.Protocol):
-    """One client's, which asks one thing at a time."""
-
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.lost = False
-        self._answer: asyncio.Future[int] | None = None
-        self._read = bytearray()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's has no such base
-
-    def data_received(self, data: bytes) -> None:
-        self._read += data
-        head, ends, body = bytes(self._read).partition(b"\r\n\r\n")
-        if not ends:
-            return
-        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-        if len(body) >= length and self._answer is not None:
-            self._read.clear()
-            self._answer.set_result(int(head.split(None, 2)[1]))
-            self._answer = None
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        del exc
-        self.lost = True
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(0)
-            self._answer = None
-
-    async def ask(self, request: bytes) -> int:
-        """The answer's status; 0 when there was none."""
-        if self.lost or self.transport is None:
-            return 0
-        answer = self._answer = asyncio.get_running_loop().create_future()
-        self.transport.write(request)
-        async with asyncio.timeout(_PATIENCE_S):
-            status: int = await answer
-            return status
 
 
 async def run(device: str, *, connections: int = 10_000, seed: int = 0) -> Outcome:
@@ -101,7 +60,8 @@ async def measure(connections: int, seed: int) -> list[Figure]:
         held = gateway.memory_info().rss
         beside = await _probe(many, request, rng)
         still = sum(not each.lost for each in many)
-        burst = Counter(await asyncio.gather(*(each.ask(request) for each in many)))
+        answers = await asyncio.gather(*(each.ask(request) for each in many))
+        burst = Counter(answer.status for answer in answers)
         after = gateway.memory_info().rss
         kept = sum(not each.lost for each in many)
         for each in many:
@@ -125,25 +85,25 @@ async def measure(connections: int, seed: int) -> list[Figure]:
     ]  # fmt: skip
 
 
-async def _open(stack: BenchStack, count: int, request: bytes) -> list[_Connection]:
+async def _open(stack: BenchStack, count: int, request: bytes) -> list[Connection]:
     """Each asks once, so that all of a connection's parts are there."""
     url = urlsplit(stack.gateway_url)
     host, port = url.hostname or "", url.port or 0
-    loop, room = asyncio.get_running_loop(), asyncio.Semaphore(_AT_ONCE)
+    room = asyncio.Semaphore(_AT_ONCE)
 
-    async def one() -> _Connection:
+    async def one() -> Connection:
         async with room:
-            _, connection = await loop.create_connection(_Connection, host, port)
-            status = await connection.ask(request)
-            if status != 200:
-                raise RuntimeError(f"a first request was answered with {status}")
+            connection = await connect(host, port)
+            answer = await connection.ask(request)
+            if answer.status != 200:
+                raise RuntimeError(f"a first request was answered with {answer.status}")
             return connection
 
     return list(await asyncio.gather(*(one() for _ in range(count))))
 
 
 async def _probe(
-    connections: list[_Connection], request: bytes, rng: np.random.Generator
+    connections: list[Connection], request: bytes, rng: np.random.Generator
 ) -> list[float]:
     """Seconds of requests one after the other, each through any connection."""
     seconds = []
@@ -157,8 +117,4 @@ async def _probe(
 def _request() -> bytes:
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, WIDTH], "data": [1.0] * WIDTH}
     body = json.dumps({"inputs": [tensor]}).encode()
-    head = (
-        f"POST /v2/models/{_MODEL}/infer HTTP/1.1\r\nHost: roost\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    return head(_MODEL, len(body)) + body

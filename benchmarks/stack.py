@@ -16,8 +16,10 @@ import psutil
 import redis.asyncio as redis
 
 from benchmarks.worker import Entry, read_diary
+from roost.local.ports import free_ports
 from roost.stack.port import StackConfig
 from roost.stack.processes import ProcessStack
+from roost.stack.waiting import wait_for_url
 from shared.repository import Repository
 
 
@@ -31,9 +33,24 @@ class BenchStack(ProcessStack):
         self.repository = Repository(str(self.data / "repository"))
         self._http = httpx.AsyncClient(timeout=10.0, trust_env=False)
 
+        self._gateways: list[str] = []
+
     async def close(self) -> None:
         await self._http.aclose()
+        for name in self._gateways:
+            process, _ = self._services.pop(name)
+            await asyncio.to_thread(process.stop, 15.0)
         await super().close()
+
+    async def add_gateway(self) -> str:
+        """One more; returns its URL once it is ready."""
+        port = free_ports(1)[0]
+        name = f"gateway-{len(self._gateways) + 2}"
+        self._gateways.append(name)
+        self._spawn(name, {"ROOST_GATEWAY_PORT": str(port)})
+        url = f"http://127.0.0.1:{port}"
+        await wait_for_url(f"{url}/v2/health/ready", name, self._check_alive)
+        return url
 
     def _command(self, name: str) -> list[str]:
         if not name.startswith("worker-"):
@@ -98,6 +115,21 @@ class BenchStack(ProcessStack):
         """Bytes that each service has to itself (its unique set), with its children's."""
         return {name: _unique_bytes(pid) for name, pid in self.pids().items()}
 
+    def cpu_seconds(self) -> dict[str, float]:
+        """That each process has used so far; a worker's engine apart from its agent."""
+        assert self._rabbit is not None
+        pids = self.pids()
+        if self._rabbit.pid is not None:
+            pids["rabbitmq"] = self._rabbit.pid
+        found = {}
+        for name, pid in pids.items():
+            process = psutil.Process(pid)
+            found[name] = _cpu(process)
+            children = sum(_cpu(each) for each in process.children(recursive=True))
+            apart = "engine" if name.startswith("worker") else name
+            found[apart] = found.get(apart, 0.0) + children
+        return found
+
     async def _json(self, path: str) -> dict[str, Any]:
         answer = await self._http.get(f"{self.placer_url}{path}")
         found: dict[str, Any] = answer.raise_for_status().json()
@@ -129,6 +161,13 @@ async def running(
             yield stack
         finally:
             await asyncio.shield(stack.close())
+
+
+def _cpu(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    return 0.0
 
 
 def _unique_bytes(pid: int) -> int:

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from benchmarks import reality, spike
+from benchmarks import connections, overhead, reality, spike
+from benchmarks.models import TINY
 from benchmarks.table import Table
 from shared.models import ModelSpec
 
@@ -36,6 +37,25 @@ def test_a_spike_binds_a_second_worker():
     assert sum(spiked.parts.values()) == pytest.approx(spiked.reaction_s), "the parts are the whole"
     assert "150 ms" in spiked.load, "it came from the disk in the time that the table says"
     assert "model-00/1" in spiked.changed, spiked
+
+
+def test_connections_are_held_and_answered():
+    """A few hundred keep-alive connections: none is lost, whatever is asked through them."""
+    figures = asyncio.run(connections.measure(300, seed=0))
+    value = {figure.name: figure.value for figure in figures}
+    assert value["connections held"] == value["connections held afterwards"] == 300
+    assert value["all ask at once: no answer"] == 0
+    assert value["all ask at once: answered"] > 0
+
+
+def test_every_way_in_is_measured_against_the_bare_loop():
+    """A small model, for moments: all ways answer, and none is faster than the device."""
+    figures = asyncio.run(overhead.measure("cpu", TINY, rounds=1, turn_s=1.0, seed=0))
+    value = {figure.name: figure.value for figure in figures}
+    assert all(figure.value == 0 for figure in figures if "failed" in figure.name), figures
+    for way in ("HTTP", "HTTP, two gateways", "AMQP"):
+        assert 0 < value[f"tiny: {way}: requests/s over the bare loop's"] < 1.5, figures
+        assert value[f"tiny: {way}: requests/s"] > 0
 
 
 def test_a_table_says_how_long_a_batch_takes():
