@@ -34,7 +34,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 
 # Gateway, placer and shared are tested where torch cannot be imported.
 $(LEAN)/.complete: pyproject.toml constraints.txt
-	@scripts/environment $(PYTHON) $(LEAN) gateway,placer,cli,triton,test-lean
+	@scripts/environment $(PYTHON) $(LEAN) gateway,grpc,placer,cli,triton,test-lean
 
 clean: ## what the two commands made (not the pushed models in .roost)
 	rm -rf $(VENV) $(LEAN) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,10 +17,12 @@ from benchmarks import (
     connections,
     density,
     engine,
+    faults,
     goodput,
     idle,
     overhead,
     oversubscribe,
+    path,
     placer,
     reality,
     spike,
@@ -44,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fine-tunes", type=int, default=0, help="density: of one backbone")
     parser.add_argument("--rounds", type=int, default=0, help="swap, idle: how many")
     parser.add_argument("--connections", type=int, default=0, help="connections: how many")
+    parser.add_argument("--minutes", type=float, default=5.0, help="faults: how long")
+    parser.add_argument("--rate", type=float, default=100.0, help="faults: requests per second")
+    parser.add_argument("--every", type=float, default=6.0, help="faults: seconds between two")
+    parser.add_argument("--only", default="", help="faults: those whose name begins so")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="keep the outcome in docs/results")
     return parser
@@ -88,6 +94,17 @@ def _idle(args: argparse.Namespace) -> Awaitable[Outcome]:
     return idle.run(args.device, rounds=args.rounds or 6, seed=args.seed)
 
 
+def _faults(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return faults.run(
+        args.device,
+        minutes=args.minutes,
+        seed=args.seed,
+        rate=args.rate,
+        every_s=args.every,
+        only=args.only,
+    )
+
+
 def _overhead(args: argparse.Namespace) -> Awaitable[Outcome]:
     families = (args.family,) if args.family else tuple(FAMILIES)
     return overhead.run(args.device, families=families, rounds=args.rounds or 3, seed=args.seed)
@@ -95,6 +112,10 @@ def _overhead(args: argparse.Namespace) -> Awaitable[Outcome]:
 
 def _connections(args: argparse.Namespace) -> Awaitable[Outcome]:
     return connections.run(args.device, connections=args.connections or 10_000, seed=args.seed)
+
+
+def _path(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return path.run(args.device)
 
 
 def _placer(args: argparse.Namespace) -> Awaitable[Outcome]:
@@ -113,10 +134,12 @@ BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Awaitable[Outcome]]]]
     "spike": _spike,
     "goodput": _goodput,
     "idle": _idle,
+    "path": _path,
     "placer": _placer,
     "reality": _reality,
     "connections": _connections,
     "overhead": _overhead,
+    "faults": _faults,
 }
 
 

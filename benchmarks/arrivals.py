@@ -2,7 +2,8 @@
 
 Every process is rolled before its first arrival counts. Started together at zero, all of them
 would fire at once (a gap of a bursty process is most likely near zero), which no real traffic
-does.
+does. (The simulator's generator, sim/arrivals.py, can do more, and draws other numbers; what was
+published of `oversubscribe` rests on these.)
 """
 
 from __future__ import annotations

@@ -25,6 +25,11 @@ def describe(device: torch.device) -> str:
     return "cpu"
 
 
+def described(device: str) -> tuple[str, str]:
+    """What it runs on, and torch's version."""
+    return describe(device_of(device)), str(torch.__version__)
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

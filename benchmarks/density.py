@@ -57,7 +57,7 @@ async def run(
         Figure("taken by the fine-tunes of one backbone", shared.taken / 1e9, "GB"),
     )
     what = f"{chosen.name} in two bytes a weight, one process, drawn out of {registered}"
-    ran_on = machine(baseline.describe(baseline.device_of(device)), str(torch.__version__))
+    ran_on = machine(*baseline.described(device))
     return Outcome("density", what, ran_on, figures, time.monotonic() - began, now())
 
 

@@ -17,6 +17,7 @@ from typing import Final
 import httpx
 import numpy as np
 
+from benchmarks import baseline
 from benchmarks.asking import Ask, Client
 from benchmarks.outcome import Figure, Outcome, machine, now
 from benchmarks.stack import BenchStack, running
@@ -92,15 +93,13 @@ class _Side:
 async def run(
     device: str, *, few: int = 100, many: int = 10_000, rounds: int = 6, seed: int = 0
 ) -> Outcome:
-    from benchmarks import real_spike  # torch
-
     began = time.monotonic()
     figures = await measure(few=few, many=many, rounds=rounds, seed=seed)
     what = (
         f"{many:,} registered models against {few}, of which {_ACTIVE} are asked; two stacks in "
         f"turns, {rounds} turns of {_LATENCY_S + _THROUGHPUT_S:g} s"
     )
-    ran_on = machine(*real_spike.described(device))
+    ran_on = machine(*baseline.described(device))
     return Outcome("idle", what, ran_on, tuple(figures), time.monotonic() - began, now())
 
 

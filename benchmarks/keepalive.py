@@ -19,6 +19,7 @@ class Answer(NamedTuple):
     status: int
     batch_rows: int = 0
     """Of the batch in which the request ran."""
+    body: bytes = b""
 
 
 _NONE: Final = Answer(0)
@@ -44,7 +45,8 @@ class Connection(asyncio.Protocol):
         head = head.lower()
         if len(body) >= _number(head, b"content-length") and self._answer is not None:
             self._read.clear()
-            self._answer.set_result(Answer(int(head.split(None, 2)[1]), _number(head, _BATCH)))
+            status, rows = int(head.split(None, 2)[1]), _number(head, _BATCH)
+            self._answer.set_result(Answer(status, rows, body))
             self._answer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -54,14 +56,18 @@ class Connection(asyncio.Protocol):
             self._answer.set_result(_NONE)
             self._answer = None
 
-    async def ask(self, request: bytes) -> Answer:
-        """What came back; its status is 0 when nothing did."""
+    async def ask(self, request: bytes, timeout_s: float = _PATIENCE_S) -> Answer:
+        """What came back; its status is 0 when nothing did. Raises `TimeoutError`."""
         if self.lost or self.transport is None:
             return _NONE
         answer = self._answer = asyncio.Future()
         self.transport.write(request)
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(timeout_s):
             return await answer
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.close()
 
 
 async def connect(host: str, port: int) -> Connection:

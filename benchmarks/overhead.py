@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import grpc
+import grpc.aio
 import numpy as np
 import torch
 
@@ -29,6 +31,7 @@ from benchmarks.models import FAMILIES, Factory, Family, Registered, family, reg
 from benchmarks.outcome import Figure, Outcome, machine, now
 from benchmarks.stack import BenchStack, running
 from benchmarks.statistics import median
+from services.gateway.grpc import inference_pb2 as pb
 from shared.v2 import encode_request
 
 _CLIENTS: Final = 64
@@ -137,9 +140,11 @@ async def _ways(
     url = await stack.add_gateway()
     second = await _http(url, name, body, sizes, _CLIENTS // 2)
     amqp = await ends.enter_async_context(_amqp(stack, name, body))
+    by_grpc = await ends.enter_async_context(_grpc(stack, name, chosen))
     return [
         _Way("HTTP", first),
         _Way("HTTP, two gateways", first[: _CLIENTS // 2] + second),
+        _Way("gRPC", by_grpc),
         _Way("AMQP", amqp),
     ]
 
@@ -176,6 +181,38 @@ async def _amqp(
         yield [ask] * _CLIENTS
     finally:
         await client.close()
+
+
+@contextlib.asynccontextmanager
+async def _grpc(stack: BenchStack, model: str, chosen: Family) -> AsyncIterator[list[Ask]]:
+    """One channel for each client, as separate ones have it. Bytes as they travel: what a client
+    makes of them is not measured."""
+    asked = pb.ModelInferRequest(model_name=model)
+    for name, tensor in zip(NAMES, chosen.inputs(1), strict=True):
+        asked.inputs.add(name=name, datatype="INT64", shape=tensor.shape)
+        asked.raw_input_contents.append(tensor.numpy().tobytes())
+    data = asked.SerializeToString()
+
+    def asking(number: int) -> tuple[Any, Ask]:
+        # Else gRPC shares one connection among channels that are alike.
+        channel = grpc.aio.insecure_channel(stack.gateway_grpc, [("roost.client", number)])
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+
+        async def ask() -> bool:
+            try:
+                await infer(data, timeout=_DEADLINE_S)
+            except grpc.aio.AioRpcError:
+                return False
+            return True
+
+        return channel, ask
+
+    made = [asking(number) for number in range(_CLIENTS)]
+    try:
+        yield [ask for _, ask in made]
+    finally:
+        for channel, _ in made:
+            await channel.close()
 
 
 # --- turns -----------------------------------------------------------------------------------

@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-import torch
-
 from benchmarks import baseline
 from benchmarks.density import NAMES
 from benchmarks.driver import request
 from benchmarks.models import Factory, Registered, family, register
-from benchmarks.spike import SETTINGS, Setting, Spiked, spike_all
+from benchmarks.spiking import SETTINGS, Setting, Spiked, spike_all
 from benchmarks.stack import running
 from shared.v2 import encode_request
 
@@ -27,11 +25,6 @@ _SPIKE = 1.3
 _OTHERS = 0.15
 """Of all others together."""
 _MODELS_MORE = 3
-
-
-def described(device: str) -> tuple[str, str]:
-    """What it runs on, and torch's version."""
-    return baseline.describe(baseline.device_of(device)), str(torch.__version__)
 
 
 async def run(device: str, family_name: str, *, spiked: int, seed: int) -> list[Spiked]:

@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from benchmarks import baseline
 from benchmarks.asking import Answer, Ask, Client
 from benchmarks.outcome import Figure, Outcome, machine, now
 from benchmarks.stack import BenchStack, running
@@ -109,9 +110,7 @@ async def run(
         f"{traces} traces of {seconds:g} s with {rate:g} requests/s over {_MODELS} models, "
         f"{_WORKERS} workers with room for {_ROOM} each; executors from a table"
     )
-    from benchmarks import real_spike  # torch
-
-    ran_on = machine(*real_spike.described(device))
+    ran_on = machine(*baseline.described(device))
     return Outcome("reality", what, ran_on, figures, time.monotonic() - began, now())
 
 

@@ -47,7 +47,7 @@ class BenchStack(ProcessStack):
         port = free_ports(1)[0]
         name = f"gateway-{len(self._gateways) + 2}"
         self._gateways.append(name)
-        self._spawn(name, {"ROOST_GATEWAY_PORT": str(port)})
+        self._spawn(name, {"ROOST_GATEWAY_PORT": str(port), "ROOST_GATEWAY_GRPC_PORT": "-1"})
         url = f"http://127.0.0.1:{port}"
         await wait_for_url(f"{url}/v2/health/ready", name, self._check_alive)
         return url

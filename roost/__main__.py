@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from roost.commands import explain, infer, models, scale, up, whatif
+from roost.commands import aliases, dead, explain, infer, models, quarantine, scale, up, whatif
 from shared.errors import RoostError
 
 URL = os.environ.get("ROOST_URL", "http://127.0.0.1:8000")
-PLACER_URL = os.environ.get("ROOST_PLACER_URL", "http://127.0.0.1:8001")
+PLACER_URL = os.environ.get("ROOST_PLACER_URL", "http://127.0.0.1:8003")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,8 +24,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up.add_parser(commands)
     models.add_parsers(commands, URL)
+    aliases.add_parser(commands, URL)
     infer.add_parser(commands, URL)
     explain.add_parser(commands, PLACER_URL)
+    quarantine.add_parser(commands, URL)
+    dead.add_parser(commands, URL)
     whatif.add_parser(commands)
     scale.add_parser(commands, PLACER_URL)
     return parser

@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from shared import v2
+from shared.aliases import check_address, check_alias
 from shared.errors import STATUS, InvalidRequest, RoostError, Unavailable, from_code
 from shared.models import Manifest, ModelSpec
 from shared.names import HEADER_CODE, HEADER_LENGTH, check_name, check_version
@@ -31,6 +32,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Progress = Callable[[int, int], None]
 """Told bytes sent so far, and bytes in all."""
 Outputs = Sequence[str] | None
+Split = Mapping[int, int]
+"""Weights by version."""
+Items = list[dict[str, Any]]
+Ids = list[str]
 
 _PIECE: Final = 1024 * 1024
 _GRACE_S: Final = 5.0
@@ -57,20 +62,26 @@ class _Calls:
         self.url = url.rstrip("/")
 
     def model(self, name: str, version: int | str | None = None) -> str:
-        return self._below("models", name, version)
+        path = f"{self.url}/v2/models/{quote(check_name(name))}"
+        return path if version is None else f"{path}/versions/{check_address(version)}"
 
     def stored(self, name: str, version: int | str | None = None) -> str:
-        return self._below("repository/models", name, version)
+        path = f"{self.url}/v2/repository/models/{quote(check_name(name))}"
+        return path if version is None else f"{path}/versions/{check_version(version)}"
+
+    def alias(self, name: str, alias: str | None = None) -> str:
+        path = f"{self.stored(name)}/aliases"
+        return path if alias is None else f"{path}/{check_alias(alias)}"
+
+    def quarantine(self, name: str | None = None, version: int | str | None = None) -> str:
+        where = f"{self.url}/v2/repository" if name is None else self.stored(name, version)
+        return f"{where}/quarantine"
 
     def blob(self, digest: str) -> str:
         return f"{self.url}/v2/repository/blobs/{digest}"
 
     def index(self) -> str:
         return f"{self.url}/v2/repository/index"
-
-    def _below(self, kind: str, name: str, version: int | str | None) -> str:
-        path = f"{self.url}/v2/{kind}/{quote(check_name(name))}"
-        return path if version is None else f"{path}/versions/{check_version(version)}"
 
     def register(
         self, name: str, version: int | str | None, digest: str, spec: ModelSpec | None
@@ -107,6 +118,11 @@ def _arrays(answer: httpx.Response) -> dict[str, Array]:
     limits = v2.Limits(body_bytes=max(len(answer.content), v2.DEFAULT.body_bytes))
     response = v2.decode_response(answer.content, length, limits)
     return {tensor.name: to_numpy(tensor) for tensor in response.outputs}
+
+
+def alias_wish(to: int | str | Split, *, now: bool) -> bytes:
+    where = {"split": dict(to)} if isinstance(to, Mapping) else {"version": check_version(to)}
+    return msgspec.json.encode({**where, "now": now})
 
 
 def _digest(path: Path) -> tuple[str, int]:
@@ -215,6 +231,36 @@ class RoostClient:
         """Takes `unload` back; returns when the model can be asked."""
         _checked(self._send("POST", f"{self._calls.stored(name)}/load"))
 
+    def aliases(self, name: str) -> Items:
+        """Where the model's aliases lead: `alias`, `version`, `split`, and what is `pending`."""
+        found: Items = _checked(self._send("GET", self._calls.alias(name))).json()["aliases"]
+        return found
+
+    def set_alias(
+        self, name: str, alias: str, to: int | str | Split, *, now: bool = False
+    ) -> dict[str, Any]:
+        """Lets the alias lead to a version, or to several by their weights: once they are bound
+        as often as what it leads to at present, or `now`. Returns where it leads at first."""
+        url, wish = self._calls.alias(name, alias), alias_wish(to, now=now)
+        told: dict[str, Any] = _checked(self._send("PUT", url, content=wish)).json()
+        return told
+
+    def quarantined(self) -> Items:
+        """The versions that ended engines and are kept from them: `model`, `reason`, `since`,
+        `worker`, `deaths`; the latest first."""
+        answer = _checked(self._send("GET", self._calls.quarantine()))
+        found: Items = answer.json()["quarantined"]
+        return found
+
+    def release(self, name: str, version: int | str | None = None) -> Ids:
+        """Takes a model, or one version of it, out of quarantine; returns which were in it."""
+        answer = _checked(self._send("DELETE", self._calls.quarantine(name, version)))
+        released: Ids = answer.json()["released"]
+        return released
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        _checked(self._send("DELETE", self._calls.alias(name, alias)))
+
     def metadata(self, name: str, version: int | str | None = None) -> dict[str, Any]:
         """The protocol's model metadata: versions, platform, inputs, outputs."""
         answer = _checked(self._send("GET", self._calls.model(name, version)))
@@ -319,6 +365,36 @@ class AsyncRoostClient:
     async def load(self, name: str) -> None:
         """See `RoostClient.load`."""
         _checked(await self._send("POST", f"{self._calls.stored(name)}/load"))
+
+    async def aliases(self, name: str) -> Items:
+        """See `RoostClient.aliases`."""
+        answer = _checked(await self._send("GET", self._calls.alias(name)))
+        found: Items = answer.json()["aliases"]
+        return found
+
+    async def set_alias(
+        self, name: str, alias: str, to: int | str | Split, *, now: bool = False
+    ) -> dict[str, Any]:
+        """See `RoostClient.set_alias`."""
+        url, wish = self._calls.alias(name, alias), alias_wish(to, now=now)
+        told: dict[str, Any] = _checked(await self._send("PUT", url, content=wish)).json()
+        return told
+
+    async def quarantined(self) -> Items:
+        """See `RoostClient.quarantined`."""
+        answer = _checked(await self._send("GET", self._calls.quarantine()))
+        found: Items = answer.json()["quarantined"]
+        return found
+
+    async def release(self, name: str, version: int | str | None = None) -> Ids:
+        """See `RoostClient.release`."""
+        answer = _checked(await self._send("DELETE", self._calls.quarantine(name, version)))
+        released: Ids = answer.json()["released"]
+        return released
+
+    async def remove_alias(self, name: str, alias: str) -> None:
+        """See `RoostClient.remove_alias`."""
+        _checked(await self._send("DELETE", self._calls.alias(name, alias)))
 
     async def metadata(self, name: str, version: int | str | None = None) -> dict[str, Any]:
         """See `RoostClient.metadata`."""

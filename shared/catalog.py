@@ -9,9 +9,11 @@ from typing import Final
 
 import msgspec
 
+from shared.aliases import DEFAULT, LATEST, NONE, Aliases, check_alias, heaviest
 from shared.errors import ModelNotFound
 from shared.models import Manifest
 from shared.names import ModelId, check_name, check_version
+from shared.quarantine import Held
 from shared.repository import Repository
 from shared.sharing import SharedBytes
 
@@ -27,6 +29,8 @@ _Answer = Manifest | ModelNotFound
 _ALL: Final[_Key] = ("", None)
 _SHARING: Final[_Key] = ("", 0)
 _UNLOADED: Final[_Key] = ("", -1)
+_ALIASES: Final[_Key] = ("", -2)
+_QUARANTINED: Final[_Key] = ("", -3)
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -64,9 +68,52 @@ class Catalog:
     async def get(
         self, name: str, version: int | None = None, *, even_unloaded: bool = False
     ) -> Manifest:
-        """One version, None for the highest. Raises `ModelNotFound`, also of a model that is
-        unloaded unless `even_unloaded`; `InvalidRequest` when name or version are not such;
-        `Unavailable` when the repository is."""
+        """One version; None for what the bare name means: where the alias `default` leads (the
+        heaviest version of a split), else the highest. Raises `ModelNotFound`, also of a model
+        that is unloaded unless `even_unloaded`; `InvalidRequest` when name or version are not
+        such; `Unavailable` when the repository is."""
+        if version is None:
+            split = (await self.aliases(name)).split_of(DEFAULT)
+            version = None if split is None else heaviest(split)
+        return await self._get(name, version, even_unloaded=even_unloaded)
+
+    async def newest(self, name: str) -> Manifest:
+        """The highest version, whatever the bare name means. Raises as `get`."""
+        return await self._get(name, None)
+
+    async def named(self, name: str, version: str) -> Manifest:
+        """As `get`, by a number, `latest` or an alias, in text."""
+        return await self._get(name, heaviest(await self.split(name, version)))
+
+    async def split(self, name: str, version: str) -> dict[int, int]:
+        """Where a number, `latest` or an alias leads. Raises `ModelNotFound`, `InvalidRequest`,
+        `Unavailable`."""
+        if not version[:1].isalpha():
+            return {check_version(version): 1}
+        if version == LATEST:
+            return {(await self.newest(name)).version: 1}
+        known = await self.aliases(name)
+        split = known.split_of(check_alias(version))
+        if split is None:
+            await self.newest(name)  # raises when there is no such model at all
+            there = ", ".join(sorted(known.aliases)) or "none"
+            raise ModelNotFound(f"model {name!r} has no alias {version!r}; it has {there}")
+        return split
+
+    async def aliases(self, name: str) -> Aliases:
+        """Of one model; without any when it is not registered."""
+        check_name(name)
+        return (await self.all_aliases()).get(name, NONE)
+
+    async def all_aliases(self) -> Mapping[str, Aliases]:
+        """By model, of all that ever had some."""
+        answer = await self._ask(_ALIASES, self._repository.aliases)
+        assert isinstance(answer, dict)
+        return answer
+
+    async def _get(
+        self, name: str, version: int | None, *, even_unloaded: bool = False
+    ) -> Manifest:
         number = None if version is None else check_version(version)
         key = (check_name(name), number)
         answer = await self._ask(key, lambda: self._look_up(name, number))
@@ -90,6 +137,18 @@ class Catalog:
         answer = await self._ask(_UNLOADED, self._repository.unloaded)
         assert isinstance(answer, frozenset)
         return answer
+
+    async def quarantined(self) -> Mapping[ModelId, Held]:
+        """The versions that are kept from all engines since they ended too many."""
+        answer = await self._ask(_QUARANTINED, self._repository.quarantined)
+        assert isinstance(answer, dict)
+        return answer
+
+    async def check_runnable(self, model: ModelId) -> None:
+        """Raises `Quarantined` where the version is; `Unavailable` when the repository is."""
+        held = (await self.quarantined()).get(model)
+        if held is not None:
+            raise held.error()
 
     async def sharing(self) -> Mapping[ModelId, SharedBytes]:
         """How many bytes of each version are its own, and how many another one has too."""

@@ -47,6 +47,9 @@ class CommonConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`auto`: lines for people on a terminal, JSON lines anywhere else."""
     log_level: LogLevel = "info"
     """`info` is a handful of lines per change, none per request."""
+    tracing: bool = False
+    """Spans of every request to an OpenTelemetry collector, as the standard `OTEL_*` variables say
+    (docs/tracing.md). Needs `roost[tracing]`."""
 
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)

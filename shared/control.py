@@ -15,8 +15,11 @@ Phase = Literal["absent", "loading", "ready", "failed"]
 """Where a model stands on its way to the device of one worker."""
 
 
-class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One model as one worker sees it. Counters only grow, within one incarnation."""
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One model as one worker sees it. Counters only grow, within one incarnation.
+
+    Not followed by the garbage collector, and so are its parts: they hold no cycles, and a placer
+    takes in tens of thousands of them (benchmarks/placer.py)."""
 
     model: ModelId
     tier: Tier
@@ -28,6 +31,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """Messages taken from the queue and not yet acknowledged."""
     saturated: bool = False
     """The prefetch window is full: more may wait in the broker than the worker can see."""
+    requests_per_message: float = 1.0
+    """Of late, in the messages of the model's queue: what waits there is counted in messages."""
     arrived: int = 0
     """Requests delivered so far."""
     answered: int = 0
@@ -42,6 +47,9 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     """Unix time of the last request; 0: never asked."""
     error: str | None = None
     """Why it is `failed`."""
+    suspect: bool = False
+    """An engine ended as this was loaded, and it seems to be why: it is tried here once more, with
+    nothing beside it, and should be tried nowhere else meanwhile."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,6 +41,12 @@ class AlreadyExists(RoostError):
     code = "already_exists"
 
 
+class Conflict(RoostError):
+    """Somebody else has changed, or still uses, what the caller wants to change."""
+
+    code = "conflict"
+
+
 class TooLarge(RoostError):
     """Body, header or tensor is beyond a limit. The message names the limit."""
 
@@ -91,6 +97,7 @@ STATUS: dict[str, int] = {
     "ok": 200,
     "invalid_argument": 400,
     "not_found": 404,
+    "conflict": 409,
     "already_exists": 409,
     "too_large": 413,
     "resource_exhausted": 429,
@@ -105,7 +112,7 @@ STATUS: dict[str, int] = {
 _BY_CODE: dict[str, type[RoostError]] = {
     cls.code: cls
     for cls in (
-        InvalidRequest, ModelNotFound, AlreadyExists, TooLarge, Overloaded, Unavailable,
+        InvalidRequest, ModelNotFound, AlreadyExists, Conflict, TooLarge, Overloaded, Unavailable,
         DeadlineExceeded, ModelFailed, Quarantined, Internal,
     )
 }  # fmt: skip

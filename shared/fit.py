@@ -9,7 +9,7 @@ import msgspec
 from shared.models import Footprint
 
 
-class Refusal(msgspec.Struct, frozen=True):
+class Refusal(msgspec.Struct, frozen=True, gc=False):
     """A "no" with its reason and its numbers."""
 
     reason: str

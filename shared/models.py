@@ -26,7 +26,7 @@ AOTInductor packages (both `.pt2`)."""
 Scalar = str | int | float | bool
 
 
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One input or output as the model declares it."""
 
     name: str
@@ -85,9 +85,12 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     spread_by: str | None = None
     """No two copies on workers that have the same value of this label (Kubernetes'
     anti-affinity with a `topologyKey`); None: at most one copy per worker, as always."""
+    alone: bool = False
+    """Each copy has a worker, with its engine and its device, to itself: whatever it does to an
+    engine, no other model notices. It needs a worker that can be cleared for it."""
 
 
-class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
     """What a person may say of a model (`model.json`). Everything has a default that works
     for a file of which nothing is known."""
 
@@ -242,7 +245,7 @@ class Manifest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True)
         return model_id(self.name, self.version)
 
 
-class Case(msgspec.Struct, frozen=True):
+class Case(msgspec.Struct, frozen=True, gc=False):
     """What batches of one size were measured to take."""
 
     rows: int
@@ -274,7 +277,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         return max((case.workspace_bytes for case in self.cases), default=0)
 
 
-class Footprint(msgspec.Struct, frozen=True):
+class Footprint(msgspec.Struct, frozen=True, gc=False):
     """What one model takes of a device."""
 
     weights_bytes: int

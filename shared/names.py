@@ -21,13 +21,18 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,9}\Z")
 
 
+def is_name(text: str) -> bool:
+    """Whether `check_name` takes it."""
+    return _NAME.match(text) is not None and ".." not in text
+
+
 def check_name(name: str) -> str:
     """Returns `name`, or raises `InvalidRequest` when it is not a model name.
 
     A name is 1 to 128 of letters, digits, `.`, `_` and `-`, beginning with a letter or digit:
     safe as a path segment, an AMQP queue name, a Redis key and a Prometheus label.
     """
-    if not _NAME.match(name) or ".." in name:
+    if not is_name(name):
         raise InvalidRequest(
             f"{name[:40]!r} is not a model name: 1 to 128 of A-Z a-z 0-9 . _ -, "
             "beginning with a letter or digit, without '..'"
@@ -69,6 +74,8 @@ REPLY_QUEUE_PREFIX: Final = "roost.reply."
 """Reply queues must begin with this (or be RabbitMQ's direct reply-to): a worker that replied
 wherever it is told would be a confused deputy."""
 DIRECT_REPLY_PREFIX: Final = "amq.rabbitmq.reply-to"
+JOB_QUEUE_PREFIX: Final = "roost.jobs."
+"""Queues in which accepted jobs wait for a gateway to give them their turn."""
 
 
 def model_queue(model: ModelId) -> str:
@@ -89,6 +96,9 @@ HEADER_LENGTH: Final = "Inference-Header-Content-Length"
 """Bytes of JSON before the raw tensors. Absent: the whole body is JSON."""
 HEADER_DEADLINE: Final = "roost-deadline-ms"
 """Absolute deadline, Unix time in milliseconds. Nothing expired is computed."""
+HEADER_SPLIT_KEY: Final = "roost-split-key"
+"""Of an HTTP or gRPC request. Requests with the same one get the same version, where an alias
+splits them between several."""
 HEADER_CODE: Final = "roost-code"
 """In a reply: `ok`, or the error's code (shared.errors)."""
 HEADER_STATUS: Final = "roost-status"
@@ -101,9 +111,15 @@ HEADER_COMPUTE_US: Final = "roost-compute-us"
 """In a reply: microseconds the batch took on the device."""
 HEADER_BATCH: Final = "roost-batch-size"
 """In a reply: rows of the batch in which the request ran."""
+HEADER_MEMBERS: Final = "roost-members"
+"""In a pack (shared.packs): how many requests or replies it holds."""
+HEADER_PACKS: Final = "roost-packs"
+"""In a request: whoever asks understands replies that come in packs."""
 HEADER_DEAD_REASON: Final = "roost-dead-reason"
 HEADER_DEAD_QUEUE: Final = "roost-dead-queue"
 HEADER_DEAD_ROUTING_KEY: Final = "roost-dead-routing-key"
+HEADER_DEAD_AT: Final = "roost-dead-at-ms"
+"""Unix time in milliseconds at which a message became a dead letter."""
 HEADER_RAW_PROPERTIES: Final = "roost-raw-properties"
 """In a dead letter whose properties could not be decoded: those bytes, base64."""
 HEADER_CLIENT_MESSAGE_ID: Final = "roost-client-message-id"

@@ -7,6 +7,9 @@ Layout below the root, which is a directory or any URL that fsspec can open:
     models/<name>/<version>/profiles/<device kind>.json what a worker measured
     models/<name>/<version>/removed.json                the number was used, and for what
     unloaded/<name>.json                                registered, but not to be asked now
+    aliases/<name>@<revision>.json                      other names of its versions
+    quarantine/<name>@<version>@…                       engines that ended of it
+    jobs/                                               of gateways (services/gateway/jobs/files.py)
     tmp/                                                unfinished uploads
 
 A version exists when its manifest does, and a manifest appears in one step, after its file.
@@ -20,15 +23,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import msgspec
 import structlog
 
+from shared.aliases import Aliases
+from shared.aliasfiles import AliasFolder
 from shared.blobs import BlobStore, BlobWriter, check_digest
 from shared.errors import (
     AlreadyExists,
+    Conflict,
     Internal,
     InvalidRequest,
     ModelNotFound,
@@ -51,8 +57,9 @@ from shared.manifests import (
     split_path,
 )
 from shared.models import Footprint, Format, Manifest, ModelSpec, Profile
-from shared.names import ModelId, check_name, check_version, split_model_id
+from shared.names import ModelId, check_name, check_version, model_id, split_model_id
 from shared.pt2 import check_model, choose
+from shared.quarantine import Death, Held, Quarantine
 from shared.sharing import SharedBytes, Sharing
 from shared.storage import open_storage
 from shared.tombstones import Tombstones
@@ -77,6 +84,8 @@ class Repository:
         self._sharing = Sharing(self._files.blocks)
         self._tombstones = Tombstones(self._storage)
         self._unloaded = Unloaded(self._storage)
+        self._aliases = AliasFolder(self._storage)
+        self._quarantine = Quarantine(self._storage)
         self._caches: dict[str, BlobStore] = {}
         self._checked: dict[str, tuple[Format, ...]] = {}
         """What files can be run as, by digest, as far as this process has looked."""
@@ -304,11 +313,17 @@ class Repository:
     def remove(self, name: str, version: int | None = None) -> None:
         """Removes one version, None for all of them, with their profiles. Files stay until
         `collect_garbage`, the numbers stay taken for ever: only what was removed can be
-        registered under one again. Raises `ModelNotFound`."""
+        registered under one again. The last version takes the model's aliases along. Raises
+        `ModelNotFound`, and `Conflict` for one version to which an alias leads."""
         check_name(name)
         candidates = self.versions(name) if version is None else [check_version(version)]
         removed = 0
         with self._storage.lock(exclusive=True):
+            if version is not None and (users := self._aliases.read(name).users(version)):
+                raise Conflict(
+                    f"version {version} of model {name!r} cannot be removed: the alias "
+                    f"{', '.join(map(repr, users))} leads to it, or is about to"
+                )
             for number in candidates:
                 try:
                     # First: who dies in between leaves the version, never a free number.
@@ -318,11 +333,13 @@ class Repository:
                 except FileNotFoundError:
                     continue
                 self._storage.remove_tree(profiles_path(name, number))
+                self._quarantine.forget(model_id(name, number))
         if not removed:
             what = "is not registered" if version is None else f"has no version {version}"
             raise ModelNotFound(f"model {name!r} {what}")
         if not self.versions(name):
             self._unloaded.remove(name)  # whoever registers the name anew means to use it
+            self._aliases.clear(name)
 
     # --- unloaded models ----------------------------------------------------------------
 
@@ -340,6 +357,42 @@ class Repository:
     def unloaded(self) -> frozenset[str]:
         """The names of the models that are unloaded."""
         return self._unloaded.names()
+
+    # --- what kills engines -------------------------------------------------------------
+
+    def add_death(self, model: ModelId, death: Death) -> None:
+        """Durable on return: engines ended of this version. Raises `Unavailable`."""
+        self._quarantine.add(model, death)
+
+    def quarantined(self) -> dict[ModelId, Held]:
+        """The versions that are kept from all engines, and why."""
+        return self._quarantine.held()
+
+    def release(self, name: str, version: int | None = None) -> list[ModelId]:
+        """Takes one version, or all of a model, out of quarantine; returns which were in it.
+        Raises `ModelNotFound` when there is none."""
+        self.manifest(name, version)
+        versions = self.versions(name) if version is None else [check_version(version)]
+        ids = [model_id(name, number) for number in versions]
+        return [model for model in ids if self._quarantine.forget(model)]
+
+    # --- aliases ------------------------------------------------------------------------
+
+    def aliases(self) -> dict[str, Aliases]:
+        """By model, of all that ever had some."""
+        return self._aliases.read_all()
+
+    def edit_aliases(
+        self, name: str, edit: Callable[[Aliases], Aliases], revision: int | None = None
+    ) -> Aliases:
+        """What `edit` makes of the model's aliases is what they are from now on; durable on return.
+
+        It is called again when somebody else was faster. Raises `ModelNotFound`, also for a
+        version to which they would lead; `Conflict` when they are not at `revision` any more,
+        None for whatever they are at; and what `edit` raises.
+        """
+        self.manifest(name)  # raises when there is none
+        return self._aliases.edit(name, edit, lambda number: self.manifest(name, number), revision)
 
     def collect_garbage(self, min_age_s: float = 3600.0) -> Collected:
         """Removes files that no manifest mentions, parts that no file needs, and uploads whose

@@ -89,7 +89,8 @@ async def stopping(
 def run_service(main: Callable[[asyncio.Event], Awaitable[None]], name: str = "service") -> None:
     """Runs a service's `main` on uvloop until SIGTERM or SIGINT set its event and it returns.
 
-    Returns after an orderly end. When `main` raises, or returns though nobody asked it to, that
+    Returns after an orderly end. A `main` that somebody else than a signal asked to end sets the
+    event itself, last. When `main` raises, or returns though nobody asked it to, that
     is logged and the process exits with status 1 (`SystemExit`), for a supervisor to restart.
     """
 

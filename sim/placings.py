@@ -109,6 +109,8 @@ class Roost:
         self._retire(depths)
         # 5. Explain.
         knowledge.remember(msgspec.structs.replace(verified, refused=(*decided.refused, *refused)))
+        if verified.pace.unfinished:
+            self.tick_s = 0.0  # the rest has its turn at once
         return decision
 
     def unrouted(self, model: ModelId, now: float) -> Decision:

@@ -20,6 +20,7 @@ from services.worker.core.events import (
     CloseConsumer,
     ConsumerStarted,
     ConsumerStopped,
+    DeathKept,
     DrainAsked,
     EngineLost,
     EngineStarted,
@@ -31,6 +32,7 @@ from services.worker.core.events import (
     Item,
     ItemArrived,
     ItemSettled,
+    KeepDeath,
     KeepProfile,
     KillEngine,
     LoadModel,
@@ -255,6 +257,8 @@ class Worker:
             fault = action.fault
             self._world.refused(request, "buried" if fault is None else fault.code)
             self._settle_soon([action.item])
+        elif isinstance(action, KeepDeath):
+            self._facts.append(DeathKept(action.model))  # here each worker judges for itself
         elif isinstance(action, KeepProfile):
             self._profiles.keep(action.model, action.profile)
         elif isinstance(action, KillEngine):

@@ -13,7 +13,8 @@ import numpy as np
 
 from services.gateway.app import run
 from services.gateway.config import GatewayConfig
-from shared import v2
+from services.worker.members import Pack
+from shared import packs, v2
 from shared.broker.memory import MemoryBroker, MemoryExchange
 from shared.broker.port import Broker, Delivery, Message
 from shared.models import ModelSpec, TensorSpec
@@ -90,7 +91,15 @@ class FakeWorker:
         await self.broker.declare_queue(queue)
         await self.broker.bind(queue, model)
         await self.broker.bind(queue, split_model_id(model)[0])
-        await self.broker.consume(queue, self._waiting.put_nowait, prefetch=100)
+        await self.broker.consume(queue, self._arrived, prefetch=100)
+
+    def _arrived(self, delivery: Delivery) -> None:
+        """Of a pack each member by itself, as a worker sees them."""
+        if not packs.is_pack(delivery.message):
+            self._waiting.put_nowait(delivery)
+            return
+        for member in Pack(delivery, self.broker.publish, lambda _: None).members:
+            self._waiting.put_nowait(member)
 
     async def reply(self, delivery: Delivery, message: Message) -> None:
         assert delivery.message.reply_to is not None
@@ -116,6 +125,8 @@ class Rig:
         self.worker: FakeWorker
         self.http: httpx.AsyncClient
         self.port = 0
+        self.grpc_port = 0
+        """Of gRPC, which only a rig with the setting `grpc_port` has."""
         self.stop = asyncio.Event()
 
     @property
@@ -180,6 +191,10 @@ async def running(
         rig.port = port
         listening.set()
 
+    def on_grpc_ready(port: int) -> None:
+        rig.grpc_port = port
+
+    settings = {"grpc_port": -1} | settings
     config = GatewayConfig(repository_url=str(tmp_path / "repository"), port=0, **settings)
     service = asyncio.create_task(
         run(
@@ -188,6 +203,7 @@ async def running(
             broker=rig.gateway_broker,
             store=MemoryStore(rig.state),
             on_ready=on_ready,
+            on_grpc_ready=on_grpc_ready,
         )
     )
     working = asyncio.create_task(rig.worker.work())
@@ -217,7 +233,7 @@ async def another_gateway(rig: Rig, **settings) -> AsyncIterator[httpx.AsyncClie
     stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
     service = asyncio.create_task(
         run(
-            GatewayConfig(repository_url=str(rig.root), port=0, **settings),
+            GatewayConfig(repository_url=str(rig.root), port=0, grpc_port=-1, **settings),
             stop,
             broker=MemoryBroker(rig.exchange, "gateway-2"),
             store=MemoryStore(rig.state),

@@ -52,6 +52,7 @@ class FakeWorker:
         self.failed: dict[ModelId, str] = {}
         self.loads: Callable[[ModelId], str | None] = lambda _: None
         self.answering = True
+        self.engine_up = True
         self.finishing = False
         """Of what is unbound it keeps what it holds, as real workers do that still run it."""
         self.stopped: list[Consumer] = []
@@ -79,6 +80,13 @@ class FakeWorker:
             await consumer.close()
         self.consumers.clear()
 
+    async def hang(self) -> None:
+        """As by SIGSTOP: it consumes still, and its last report stands, for long."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.store.put_report(self.report(), ttl_s=60.0)
+
     @property
     def bound(self) -> set[ModelId]:
         return set(self.consumers)
@@ -98,6 +106,7 @@ class FakeWorker:
             used_bytes=len(self.consumers) * self.size,
             measured_bytes=len(self.consumers) * self.size,
             generation=self.assignment.generation if self.assignment else 0,
+            engine_up=self.engine_up,
             models=tuple(self._model(model) for model in sorted(models)),
         )
 

@@ -8,8 +8,9 @@ import json
 import httpx
 
 from roost.client import translate_error
+from shared.aliases import check_address
 from shared.errors import Unavailable
-from shared.names import check_name, check_version
+from shared.names import check_name
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], url: str) -> None:
@@ -20,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
         "reasons, refusals with their numbers, and what happened last.",
     )
     parser.add_argument("name")
-    parser.add_argument("--version", help="default: the newest")
+    parser.add_argument("--version", help="or an alias; default: what the bare name means")
     parser.add_argument("--json", action="store_true", help="as the placer gives it")
     parser.add_argument(
         "--placer-url", default=url, help=f"the placer (default {url}, or $ROOST_PLACER_URL)"
@@ -31,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
 def run(arguments: argparse.Namespace) -> int:
     path = f"{arguments.placer_url.rstrip('/')}/explain/{check_name(arguments.name)}"
     if arguments.version:
-        path += f"/{check_version(arguments.version)}"
+        path += f"/{check_address(arguments.version)}"
     try:
         answer = httpx.get(path, timeout=10, trust_env=False)
     except httpx.HTTPError as error:

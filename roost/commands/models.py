@@ -89,6 +89,11 @@ def table(index: Sequence[Mapping[str, Any]]) -> list[str]:
                 str(item.get("reason", "")),
             )
         )
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of text, their columns below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -29,7 +29,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--port", type=int, default=8000, help="HTTP port (default 8000; 0: a free one)"
     )
     parser.add_argument(
-        "--placer-port", type=int, help="port of the placer's own HTTP (default: --port + 1)"
+        "--grpc-port", type=int,
+        help="gRPC port (default: --port + 1, Triton's 8001; 0: a free one, -1: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--placer-port", type=int, help="port of the placer's own HTTP (default: --port + 3)"
     )
     parser.add_argument(
         "--workers", type=_count, metavar="N", help="default 1, or --min-workers; to begin with"
@@ -79,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = StackConfig(
         data_dir=arguments.data.resolve(),
         port=arguments.port,
-        placer_port=arguments.placer_port or (arguments.port + 1 if arguments.port else 0),
+        grpc_port=_beside(arguments.port, 1, arguments.grpc_port),
+        placer_port=_beside(arguments.port, 3, arguments.placer_port),
         workers=workers,
         budget_bytes=arguments.budget,
         device=arguments.device,
@@ -92,6 +97,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"roost: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _beside(port: int, distance: int, wished: int | None) -> int:
+    """The wished port, else one at a distance from the gateway's; free ones keep free company."""
+    if wished is not None:
+        return wished
+    return port + distance if port else 0
 
 
 def make_stack(config: StackConfig, *, embedded: bool) -> Stack:

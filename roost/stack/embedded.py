@@ -38,20 +38,23 @@ class EmbeddedStack:
         self._services: dict[str, tuple[asyncio.Task[None], asyncio.Event]] = {}
         self._workers: list[str] = []
         self.gateway_url = ""
+        self.gateway_grpc = ""
         self.placer_url = ""
 
     async def start(self) -> None:
         config = self._config
         (config.data_dir / "repository").mkdir(parents=True, exist_ok=True)
-        port, placer_port = config.port, config.placer_port
-        if not port or not placer_port:
-            spare = free_ports(2)
-            port, placer_port = port or spare[0], placer_port or spare[1]
+        spare = free_ports(3)
+        port, placer_port = config.port or spare[0], config.placer_port or spare[1]
+        grpc_port = config.grpc_port or spare[2]
         self.gateway_url = f"http://127.0.0.1:{port}"
+        self.gateway_grpc = f"127.0.0.1:{grpc_port}" if grpc_port > 0 else ""
         self.placer_url = f"http://127.0.0.1:{placer_port}"
         placer = load(PlacerConfig, "PLACER", self._settings("placer"), port=placer_port)
         self._spawn("placer", lambda stop, b, s: run_placer(placer, stop, broker=b, store=s))
-        gateway = load(GatewayConfig, "GATEWAY", self._settings("gateway"), port=port)
+        gateway = load(
+            GatewayConfig, "GATEWAY", self._settings("gateway"), port=port, grpc_port=grpc_port
+        )
         self._spawn("gateway", lambda stop, b, s: run_gateway(gateway, stop, broker=b, store=s))
         for _ in range(config.workers):
             self.spawn_worker()
@@ -70,7 +73,7 @@ class EmbeddedStack:
         await task
 
     def endpoints(self) -> dict[str, str]:
-        return {"placer": self.placer_url}
+        return {"grpc": self.gateway_grpc or "off", "placer": self.placer_url}
 
     async def producer(self) -> Broker:
         broker = MemoryBroker(self._exchange, "producer")

@@ -17,6 +17,8 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Holds the repository (kept between runs), the broker's files, and logs."""
     port: int = 0
     """HTTP port of the gateway on 127.0.0.1; 0 takes a free one."""
+    grpc_port: int = 0
+    """The gateway's gRPC port; 0 takes a free one, -1 none."""
     placer_port: int = 0
     workers: int = 1
     """To begin with."""
@@ -37,6 +39,8 @@ class Stack(Protocol):
     """A running stack. `close` ends all that `start` and `add_worker` began, and nothing else."""
 
     gateway_url: str
+    gateway_grpc: str
+    """Host and port; empty without gRPC."""
     placer_url: str
 
     def endpoints(self) -> dict[str, str]:

@@ -68,6 +68,7 @@ class ProcessStack:
         self._services: dict[str, tuple[OwnedProcess, dict[str, str]]] = {}
         self._workers: list[str] = []
         self.gateway_url = ""
+        self.gateway_grpc = ""
         self.placer_url = ""
 
     async def start(self) -> None:
@@ -90,13 +91,15 @@ class ProcessStack:
             await asyncio.to_thread(apply_policies, self._rabbit.management_url)
         # 2. The services. They wait for one another by themselves; no order is needed.
         port, placer_port = config.port, config.placer_port
-        if not port or not placer_port:
-            spare = free_ports(2)
-            port, placer_port = port or spare[0], placer_port or spare[1]
+        spare = free_ports(3)
+        port, placer_port = port or spare[0], placer_port or spare[1]
+        grpc_port = config.grpc_port or spare[2]
         self.gateway_url = f"http://127.0.0.1:{port}"
+        self.gateway_grpc = f"127.0.0.1:{grpc_port}" if grpc_port > 0 else ""
         self.placer_url = f"http://127.0.0.1:{placer_port}"
         self._spawn("placer", {"ROOST_PLACER_PORT": str(placer_port)})
-        self._spawn("gateway", {"ROOST_GATEWAY_PORT": str(port)})
+        ports = {"ROOST_GATEWAY_PORT": str(port), "ROOST_GATEWAY_GRPC_PORT": str(grpc_port)}
+        self._spawn("gateway", ports)
         for _ in range(config.workers):
             self.spawn_worker()
         # 3. Ready is what answers, not what was started.
@@ -122,6 +125,7 @@ class ProcessStack:
     def endpoints(self) -> dict[str, str]:
         assert self._rabbit is not None, "start() comes first"
         return {
+            "grpc": self.gateway_grpc or "off",
             "placer": self.placer_url,
             "amqp": self._rabbit.amqp_url,
             "rabbitmq management": self._rabbit.management_url or "off",
@@ -185,7 +189,11 @@ class ProcessStack:
         assert self._redis is not None
         data = self._config.data_dir
         service = name.partition("-")[0]
-        env = {key: os.environ[key] for key in _KEPT_ENVIRONMENT if key in os.environ}
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if key in _KEPT_ENVIRONMENT or key.startswith("OTEL_")
+        }
         env |= {
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "ROOST_AMQP_URL": self._rabbit.amqp_url,

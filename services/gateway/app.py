@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import uuid
 from collections.abc import Callable
 
 import structlog
 
+from services.gateway.aliases import AliasAdmin
 from services.gateway.cancels import Cancels
 from services.gateway.config import GatewayConfig
 from services.gateway.control import Control
@@ -16,6 +18,11 @@ from services.gateway.core.tally import Tallies
 from services.gateway.http import Gateway
 from services.gateway.httpinfer import HttpInference
 from services.gateway.infer import Inference
+from services.gateway.jobs.files import JobFiles
+from services.gateway.jobs.http import HttpJobs
+from services.gateway.jobs.jobs import Jobs
+from services.gateway.jobs.runs import JobRuns
+from services.gateway.jobs.sweep import JobSweep
 from services.gateway.lifecycle import Lifecycle
 from services.gateway.metrics import Metrics
 from services.gateway.registry import Registry
@@ -28,8 +35,10 @@ from shared.catalog import Catalog
 from shared.connect import open_broker, open_store
 from shared.http import metrics_route, serve
 from shared.repository import Repository
+from shared.storage import open_storage
 from shared.store.port import Store, StoreUnavailable
 from shared.supervise import guard
+from shared.tracing import Tracing, open_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -41,17 +50,20 @@ async def run(
     broker: Broker | None = None,
     store: Store | None = None,
     on_ready: Callable[[int], None] | None = None,
+    on_grpc_ready: Callable[[int], None] | None = None,
+    tracing: Tracing | None = None,
 ) -> None:
     """Serves until `stop` is set, then answers what is under way and returns.
 
-    `on_ready` gets the port once it listens; `/v2/health/ready` tells when requests can be
-    answered. Broker and store are opened from the configuration unless handed in, and are
-    started and closed here either way.
+    `on_ready` gets the port once it listens, `on_grpc_ready` that of gRPC, before the other;
+    `/v2/health/ready` tells when requests can be answered. Broker and store are opened from the
+    configuration unless handed in, and are started and closed here either way.
     """
     instance = config.reply_queue_instance or uuid.uuid4().hex[:12]
     broker = broker or open_broker(config.amqp_url, f"gateway-{instance}")
     store = store or open_store(config.redis_url)
     metrics = Metrics()
+    tracing = tracing or open_tracing(on=config.tracing, service="gateway", instance=instance)
     repository = Repository(config.repository_url)
     catalog = Catalog(repository)
     admission = Admission(
@@ -75,19 +87,34 @@ async def run(
     statistics = Statistics(tallies, catalog, store, status, uuid.uuid4().hex)
     cancels = Cancels(store, metrics)
     lifecycle = Lifecycle(repository, registry)
-    inference = Inference(config, Routes(catalog), admission, rpc, metrics, statistics, cancels)
+    aliases = AliasAdmin(repository, catalog, registry, store)
+    routes = Routes(catalog)
+    inference = Inference(config, routes, admission, rpc, metrics, statistics, cancels, tracing)
+    files = JobFiles(open_storage(config.repository_url))
+    jobs = Jobs(config, routes, admission, inference, broker, files, metrics, cancels)
+    runs = JobRuns(config, inference, broker, rpc, store, files, metrics)
+    sweep = JobSweep(config, broker, files)
+    http = HttpInference(config, inference, tracing)
     app = Gateway(
-        HttpInference(config, inference),
-        Control(config, status, statistics, registry, lifecycle, admission, rpc),
+        http,
+        Control(config, routes, status, statistics, registry, lifecycle, aliases, admission, rpc),
         admission,
         rpc,
+        *HttpJobs(http, jobs, admission).routes(),
         metrics_route(metrics.registry),
     )
+
+    connected = asyncio.Event()
 
     # Beside the HTTP server, which says "not ready" and why while a service is away.
     async def keep_reply_queue() -> None:
         await broker.start()
+        connected.set()
         await rpc.keep_reply_queue()
+
+    async def keep_job_queues() -> None:
+        await connected.wait()
+        await runs.keep_queues()
 
     async def follow_registry() -> None:
         try:
@@ -115,20 +142,56 @@ async def run(
                     ("reply queue", keep_reply_queue),
                     ("acknowledge", rpc.acknowledge_replies),
                     ("registry", follow_registry),
+                    ("prune metrics", registry.prune_metrics),
                     ("statistics", statistics.tell_others),
                     ("cancels", cancels.tell),
+                    ("jobs", keep_job_queues),
+                    ("cancelled jobs", runs.listen),
+                    ("job files", sweep.run),
                     ("give up", give_up_late),
                 )
             ]
-            # Returns when the listener is closed and the requests under way are answered;
+            # Both return when the listener is closed and the requests under way are answered;
             # only then may go what answers them.
-            await serve(
-                app, config.host, config.port, stop, started, grace_s=config.stop_grace_s + 2
-            )
+            grace_s = config.stop_grace_s + 2
+            over_grpc = None
+            if config.grpc_port >= 0 and has_grpc():
+                from services.gateway.grpc.app import open_server
+
+                server = open_server(
+                    config, inference, routes, status, statistics, lifecycle, admission, rpc,
+                    metrics, tracing, stop,
+                )  # fmt: skip
+                bound = await server.start()
+                log.info("gateway_listening_grpc", host=config.host, port=bound)
+                over_grpc = group.create_task(server.serve(stop, grace_s), name="grpc")
+                if on_grpc_ready is not None:
+                    on_grpc_ready(bound)
+            await serve(app, config.host, config.port, stop, started, grace_s=grace_s)
+            if over_grpc is not None:
+                await over_grpc
             for task in background:
                 task.cancel()
     finally:
+        await runs.close()
         await rpc.close()
         await broker.close()
         await store.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         log.info("gateway_stopped", instance=instance)
+
+
+def has_grpc() -> bool:
+    """An extra: a gateway without it serves HTTP alone."""
+    missing = [name for name in ("grpc", "google.protobuf") if not _found(name)]
+    if missing:
+        log.warning("grpc_off", missing=missing)
+    return not missing
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package it is in
+        return False

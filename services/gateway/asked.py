@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from services.gateway.body import Held
 from shared import v2
+from shared.errors import InvalidRequest
 from shared.models import Manifest
+
+_TENANT_BYTES: Final = 128
 
 
 class Read(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,8 +26,12 @@ class Read(msgspec.Struct, frozen=True, kw_only=True):
     remaining_s: float | None = None
     """Until the deadline that its headers name; None when they name none."""
     tenant: str = ""
+    level: int = 0
+    """Its priority, as the protocol counts, when it names none itself; 0: the model's default."""
     traceparent: str | None = None
     """Of W3C's trace context, checked."""
+    tracestate: str | None = None
+    """What belongs to it, likewise."""
 
 
 class Asked(Protocol):
@@ -32,7 +39,10 @@ class Asked(Protocol):
 
     name: str
     version: str | None
-    """As it stands in the address, unchecked; None: whatever the model's name leads to."""
+    """As it stands in the address, unchecked: a number, `latest` or an alias; None: whatever the
+    model's name leads to."""
+    split_key: str
+    """Requests with the same one get the same version of a split; empty: by chance."""
     correlation_id: str
     """Of `Rpc.new_id`."""
 
@@ -42,3 +52,10 @@ class Asked(Protocol):
 
     def watched(self) -> AbstractAsyncContextManager[None]:
         """Interrupts the body of its block with `ClientGone` when the client goes away."""
+
+
+def tenant_of(told: bytes) -> str:
+    """Who asks, as a header or a call's metadata tell it. Raises `InvalidRequest`."""
+    if len(told) > _TENANT_BYTES:
+        raise InvalidRequest(f"the tenant's name is longer than {_TENANT_BYTES} bytes")
+    return told.decode("latin-1")

@@ -94,7 +94,7 @@ async def read_body(
     encoding = headers.get(b"content-encoding", b"").strip().lower()
     if encoding in {b"", b"identity"}:
         return body
-    return await _decompressed(body, encoding, held, limit_bytes)
+    return await decompressed(body, encoding, held, limit_bytes)
 
 
 async def _read_on(
@@ -117,7 +117,8 @@ async def _read_on(
         message = await receive()
 
 
-async def _decompressed(body: bytes, encoding: bytes, held: Held, limit_bytes: int) -> bytes:
+async def decompressed(body: bytes, encoding: bytes, held: Held | None, limit_bytes: int) -> bytes:
+    """The body, unpacked, counted in `held` if given. Raises as `read_body`."""
     wbits = _WBITS.get(encoding)
     if wbits is None:
         shown = encoding[:40].decode("latin-1")
@@ -128,7 +129,8 @@ async def _decompressed(body: bytes, encoding: bytes, held: Held, limit_bytes: i
         plain = _inflate(body, wbits, limit_bytes)
     else:
         plain = await asyncio.to_thread(_inflate, body, wbits, limit_bytes)
-    held.grow(len(plain))
+    if held is not None:
+        held.grow(len(plain))
     return plain
 
 

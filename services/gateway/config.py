@@ -15,6 +15,9 @@ class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
     """Loopback: who wants the network to reach the gateway says so (images do)."""
     port: int = 8000
     """Triton's HTTP port, where its clients look. 0 takes a free one."""
+    grpc_port: int = 8001
+    """Triton's gRPC port; 0 takes a free one, -1 none: then there is no gRPC, as there is none
+    where grpcio is not installed."""
     instance: str = ""
     """Names the reply queue, and must differ between gateways. Empty: a new random one at each
     start; a fixed one (a StatefulSet's pod name) keeps one queue across restarts."""
@@ -47,10 +50,24 @@ class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
     """From the headers to the last byte of a request; for an upload, between two reads."""
     publish_timeout_s: float = 5.0
     """How long the broker may take to confirm. Afterwards the answer is still awaited."""
+    packing: bool = True
+    """Requests of one model that wait together travel in one message. Off while there are workers
+    of a version that does not read packs."""
     reply_expires_s: float = 300.0
     """The broker deletes the reply queue when no gateway has used it for so long."""
     reply_prefetch: int = 512
     """Replies on the way at once. They are acknowledged on receipt; this only bounds memory."""
+
+    job_timeout_s: float = 24 * 3600.0
+    """Deadline of a job that names none: it may wait out a night without a device."""
+    job_max_timeout_s: float = 7 * 24 * 3600.0
+    """What a job may ask for."""
+    job_keep_s: float = 24 * 3600.0
+    """How long the result of a job is kept, from the job's end."""
+    job_prefetch: int = 32
+    """Jobs of one model (in truth: of an eighth of the models) under way at once, by this
+    gateway: enough to fill batches, and as many may stand before a request that somebody waits
+    for. 0: this gateway accepts jobs and leaves running them to others."""
 
     stop_grace_s: float = 6.0
     """How long requests under way may still be answered after SIGTERM; the rest gets 503.

@@ -1,9 +1,9 @@
-"""Every route but inference: health, metadata, statistics, the repository."""
+"""Every route but inference: health, metadata, statistics, the repository, aliases."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import msgspec
@@ -13,12 +13,14 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from services.gateway import openapi
+from services.gateway.aliases import AliasAdmin, decode_wish, parse_revision, parse_wait
 from services.gateway.body import Held, stream_body
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
 from services.gateway.lifecycle import Lifecycle
 from services.gateway.overrides import check_unload, decode_load
 from services.gateway.registry import Registry, decode_registration
+from services.gateway.routes import Routes
 from services.gateway.rpc import Rpc
 from services.gateway.statistics import Statistics
 from services.gateway.status import VERSION, Status
@@ -43,18 +45,22 @@ class Control:
     def __init__(
         self,
         config: GatewayConfig,
+        routes: Routes,
         status: Status,
         statistics: Statistics,
         registry: Registry,
         lifecycle: Lifecycle,
+        aliases: AliasAdmin,
         admission: Admission,
         rpc: Rpc,
     ) -> None:
         self._config = config
+        self._routes = routes
         self._status = status
         self._statistics = statistics
         self._registry = registry
         self._lifecycle = lifecycle
+        self._aliases = aliases
         self._admission = admission
         self._rpc = rpc
 
@@ -79,6 +85,9 @@ class Control:
             ("GET POST", "/v2/repository/index", self.index),
             ("POST", f"{stored}/load", self.load),
             ("POST", f"{stored}/unload", self.unload),
+            ("GET", "/v2/repository/quarantine", self.quarantined),
+            ("DELETE", f"{stored}/quarantine", self.release),
+            ("DELETE", f"{stored}/versions/{{version}}/quarantine", self.release),
             ("HEAD", "/v2/repository/blobs/{digest}", self.find_blob),
             ("PUT", "/v2/repository/blobs/{digest}", self._counted(self.put_blob)),
             ("GET", stored, self.detail),
@@ -86,12 +95,12 @@ class Control:
             ("POST", f"{stored}/versions", self._counted(self.register)),
             ("PUT", f"{stored}/versions/{{version}}", self._counted(self.register)),
             ("DELETE", f"{stored}/versions/{{version}}", self.remove),
+            ("GET", f"{stored}/aliases", self.list_aliases),
+            ("GET", f"{stored}/aliases/{{alias}}", self.find_alias),
+            ("PUT", f"{stored}/aliases/{{alias}}", self.put_alias),
+            ("DELETE", f"{stored}/aliases/{{alias}}", self.remove_alias),
         ]
-        paths: dict[str, dict[str, Handler]] = {}
-        for methods, path, handler in table:
-            for method in methods.split():
-                paths.setdefault(path, {})[method] = handler
-        return [_route(path, handlers) for path, handlers in paths.items()]
+        return routes_of(table)
 
     # --- health and metadata
 
@@ -114,20 +123,22 @@ class Control:
         return Response(openapi.page(), media_type="text/html", headers=_PAGE_HEADERS)
 
     async def metadata(self, request: Request) -> Response:
-        return _json(await self._status.metadata(*_model(request)))
+        return _json(await self._status.metadata(*await self._addressed(request)))
 
     async def configuration(self, request: Request) -> Response:
-        return _json(await self._status.configuration(*_model(request)))
+        return _json(await self._status.configuration(*await self._addressed(request)))
 
     async def model_ready(self, request: Request) -> Response:
-        name, version = _model(request)
+        name, version = await self._addressed(request)
         ready, where = await self._status.readiness(name, version)
         if ready:
             return _json({"name": name, "ready": True})
         return _json({"name": name, "ready": False, "error": where}, 503)
 
     async def statistics(self, request: Request) -> Response:
-        return _json(await self._statistics.of(*_model(request)))
+        name, version = _address(request)
+        versions = None if version is None else await self._routes.versions(name, version)
+        return _json(await self._statistics.of(name, versions))
 
     async def all_statistics(self, _: Request) -> Response:
         return _json(await self._statistics.of_all())
@@ -152,6 +163,13 @@ class Control:
         await self._lifecycle.unload(name)
         return _json({})
 
+    async def quarantined(self, _: Request) -> Response:
+        return _json({"quarantined": await self._lifecycle.quarantined()})
+
+    async def release(self, request: Request) -> Response:
+        """Takes a model, or one version of it, out of quarantine."""
+        return _json({"released": await self._lifecycle.release(*_model(request))})
+
     async def index(self, request: Request) -> Response:
         wanted = _IndexFilter()
         body = await self._body(request) if request.method == "POST" else b""
@@ -163,7 +181,10 @@ class Control:
         return _json(await self._status.index(ready_only=wanted.ready))
 
     async def detail(self, request: Request) -> Response:
-        return _json(await self._status.detail(_model(request)[0]))
+        name, _ = _model(request)
+        detail = await self._status.detail(name)
+        _, aliases = await self._aliases.tell(name)
+        return _json({**detail, "aliases": aliases})
 
     async def find_blob(self, request: Request) -> Response:
         digest = check_digest(request.path_params["digest"])
@@ -197,6 +218,43 @@ class Control:
         await self._registry.remove(*_model(request))
         return Response(status_code=204)
 
+    # --- aliases
+
+    async def list_aliases(self, request: Request) -> Response:
+        name, _ = _model(request)
+        revision, aliases = await self._aliases.tell(name)
+        return _json({"model": name, "aliases": aliases}, headers=_etag(revision))
+
+    async def find_alias(self, request: Request) -> Response:
+        name, _ = _model(request)
+        revision, told = await self._aliases.tell_one(name, request.path_params["alias"])
+        return _json(told, headers=_etag(revision))
+
+    async def put_alias(self, request: Request) -> Response:
+        """202 while it is pending."""
+        (name, _), alias = _model(request), request.path_params["alias"]
+        revision = parse_revision(request.headers.get("if-match"))
+        wait_s = parse_wait(request.query_params.get("wait"))
+        wish = decode_wish(await self._body(request))
+        document = await self._aliases.put(name, alias, wish, revision, wait_s)
+        told = await self._aliases.describe(name, alias, document)
+        status = 200 if told["pending"] is None else 202
+        return _json(told, status, headers=_etag(document.revision))
+
+    async def remove_alias(self, request: Request) -> Response:
+        name, _ = _model(request)
+        revision = parse_revision(request.headers.get("if-match"))
+        await self._aliases.remove(name, request.path_params["alias"], revision)
+        return Response(status_code=204)
+
+    # --- parts
+
+    async def _addressed(self, request: Request) -> tuple[str, int | None]:
+        """Name and version in the path, where an alias may stand for it. Raises `InvalidRequest`,
+        `ModelNotFound`."""
+        name, version = _address(request)
+        return name, await self._routes.version(name, version)
+
     def _counted(self, handler: Handler) -> Handler:
         async def counted(request: Request) -> Response:
             with self._registry.counted():
@@ -227,6 +285,15 @@ class _IndexFilter(msgspec.Struct):
 _index_filters: Final = msgspec.json.Decoder(_IndexFilter)
 
 
+def routes_of(table: Iterable[tuple[str, str, Handler]]) -> list[BaseRoute]:
+    """Of methods, path and handler: one route for each path."""
+    paths: dict[str, dict[str, Handler]] = {}
+    for methods, path, handler in table:
+        for method in methods.split():
+            paths.setdefault(path, {})[method] = handler
+    return [_route(path, handlers) for path, handlers in paths.items()]
+
+
 def _route(path: str, handlers: dict[str, Handler]) -> Route:
     async def endpoint(request: Request) -> Response:
         # Starlette adds HEAD to GET by itself.
@@ -239,15 +306,23 @@ async def _not_allowed(_: Request) -> Response:
     raise HTTPException(405)
 
 
+def _address(request: Request) -> tuple[str, str | None]:
+    """Name, checked, and version in the path. Raises `InvalidRequest`."""
+    return check_name(request.path_params["model"]), request.path_params.get("version")
+
+
 def _model(request: Request) -> tuple[str, int | None]:
     """Name and version in the path, checked. Raises `InvalidRequest`."""
-    version = request.path_params.get("version")
-    name = check_name(request.path_params["model"])
+    name, version = _address(request)
     return name, None if version is None else check_version(version)
 
 
-def _json(data: Any, status: int = 200) -> Response:
-    return Response(_encode(data), status, media_type="application/json")
+def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(_encode(data), status, headers, media_type="application/json")
+
+
+def _etag(revision: int) -> dict[str, str]:
+    return {"etag": f'"{revision}"'}
 
 
 def _blob(digest: str, size: int | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ Starlette's router. Whatever goes wrong is answered as `{"error": "…"}`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -17,8 +17,10 @@ from starlette.routing import BaseRoute, Router
 from services.gateway.body import ClientGone, Receive, SlowBody
 from services.gateway.control import Control
 from services.gateway.core.admission import Admission
+from services.gateway.core.jobs import NotDone
 from services.gateway.httpinfer import Answer, HttpInference
 from services.gateway.rpc import Rpc
+from services.gateway.sending import Send, send_answer, send_held
 from shared.errors import STATUS, InvalidRequest, RoostError
 from shared.logs import bound
 from shared.names import HEADER_CODE
@@ -26,15 +28,12 @@ from shared.v2 import error_body
 
 log = structlog.get_logger(__name__)
 
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Scope = MutableMapping[str, Any]
 
 _JSON: Final = (b"content-type", b"application/json")
 _CODE: Final = HEADER_CODE.encode()
 """Also told over HTTP: two codes share a status here and there."""
-_HTTP_ONLY: Final = {SlowBody.code: 408}
-_PIECE_BYTES: Final = 64 * 1024
-"""Of an answer: as much as waits in the connection's buffer, besides."""
+_HTTP_ONLY: Final = {SlowBody.code: 408, NotDone.code: 409}
 _SHOWN_CHARS: Final = 200
 """Of a client's text, in a log line."""
 
@@ -48,12 +47,12 @@ class Gateway:
         control: Control,
         admission: Admission,
         rpc: Rpc,
-        metrics_route: BaseRoute,
+        *more_routes: BaseRoute,
     ) -> None:
         self._inference = inference
         self._admission = admission
         self._new_id = rpc.new_id
-        self._router = Router(routes=[*control.routes(), metrics_route], redirect_slashes=False)
+        self._router = Router(routes=[*control.routes(), *more_routes], redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,9 +91,9 @@ class Gateway:
                 answer = await self._inference.answer(
                     name, version, headers, receive, correlation_id
                 )
-                await self._send_held(sending, answer)
+                await send_held(sending, answer, self._admission)
             else:
-                await _send(sending, Answer(405, error_body("Method Not Allowed"), [_JSON]))
+                await send_answer(sending, Answer(405, error_body("Method Not Allowed"), [_JSON]))
         except ClientGone:
             return
         except RoostError as error:
@@ -104,24 +103,7 @@ class Gateway:
             log.exception("request_failed", method=scope["method"], path=path)
             fault = Answer(500, error_body("internal error; the gateway's log has it"), [_JSON])
             if not started:
-                await _send(sending, fault)
-
-    async def _send_held(self, send: Send, answer: Answer) -> None:
-        """Sends piece by piece, as fast as the client reads, and counts what it holds up."""
-        size = len(answer.body)
-        if size <= _PIECE_BYTES:
-            await _send(send, answer)
-            return
-        self._admission.keep(size)
-        try:
-            await send(_head(answer))
-            body = memoryview(answer.body)
-            for start in range(0, size, _PIECE_BYTES):
-                piece = body[start : start + _PIECE_BYTES]
-                more = start + _PIECE_BYTES < size
-                await send({"type": "http.response.body", "body": piece, "more_body": more})
-        finally:
-            self._admission.drop(size)
+                await send_answer(sending, fault)
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         if b"%2f" in scope.get("raw_path", b"").lower():
@@ -134,7 +116,7 @@ class Gateway:
             allow = [
                 (b"allow", v.encode()) for k, v in (error.headers or {}).items() if k == "Allow"
             ]
-            await _send(
+            await send_answer(
                 send, Answer(error.status_code, error_body(str(error.detail)), [_JSON, *allow])
             )
 
@@ -159,20 +141,6 @@ def _text(segment: bytes) -> str:
     return unquote(text) if "%" in text else text
 
 
-def _head(answer: Answer) -> MutableMapping[str, Any]:
-    length = (b"content-length", str(len(answer.body)).encode())
-    return {
-        "type": "http.response.start",
-        "status": answer.status,
-        "headers": [*answer.headers, length],
-    }
-
-
-async def _send(send: Send, answer: Answer) -> None:
-    await send(_head(answer))
-    await send({"type": "http.response.body", "body": answer.body})
-
-
 async def _send_error(send: Send, error: RoostError, *, started: bool) -> None:
     status = _HTTP_ONLY.get(error.code) or STATUS.get(error.code, 500)
     if status == 500:  # the others are counted: in an outage a line each would be a flood
@@ -185,7 +153,7 @@ async def _send_error(send: Send, error: RoostError, *, started: bool) -> None:
         headers.append((b"retry-after", str(seconds).encode()))
     if isinstance(error, SlowBody):
         headers.append((b"connection", b"close"))
-    await _send(send, Answer(status, error_body(error.message), headers))
+    await send_answer(send, Answer(status, error_body(error.message), headers))
 
 
 async def _refuse_other(scope: Scope, receive: Receive, send: Send) -> None:

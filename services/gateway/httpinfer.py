@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import time
 from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import msgspec
 
-from services.gateway.asked import Read
+from services.gateway.asked import Read, tenant_of
 from services.gateway.body import Held, Receive, read_body
 from services.gateway.config import GatewayConfig
 from services.gateway.encoding import compressed, wanted_coding
 from services.gateway.hangup import watching_for_hangup
 from services.gateway.infer import Inference, Replied
+from services.gateway.spans import serving_http, told, trace_of
 from shared import v2
 from shared.errors import STATUS, InvalidRequest
 from shared.models import Manifest
@@ -25,15 +25,16 @@ from shared.names import (
     HEADER_DEADLINE,
     HEADER_LENGTH,
     HEADER_QUEUE_US,
+    HEADER_SPLIT_KEY,
 )
+from shared.tracing import Tracing
 
 _LENGTH_KEY: Final = HEADER_LENGTH.lower().encode()
 _DEADLINE_KEY: Final = HEADER_DEADLINE.encode()
-_TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
+_SPLIT_KEY: Final = HEADER_SPLIT_KEY.encode()
 _TOLD: Final = tuple(
     (name, name.encode()) for name in (HEADER_QUEUE_US, HEADER_COMPUTE_US, HEADER_BATCH)
 )
-_TENANT_BYTES: Final = 128
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -47,8 +48,11 @@ class Answer(msgspec.Struct, frozen=True):
 class HttpInference:
     """The way from HTTP to `Inference` and back."""
 
-    def __init__(self, config: GatewayConfig, inference: Inference) -> None:
+    def __init__(
+        self, config: GatewayConfig, inference: Inference, tracing: Tracing | None = None
+    ) -> None:
         self._inference = inference
+        self._tracing = tracing
         self.config = config
         self.limits = v2.Limits(body_bytes=config.request_limit_bytes)
         self.tenant_key = config.tenant_header.strip().lower().encode()
@@ -64,10 +68,23 @@ class HttpInference:
         """The answer to one request. Raises as `Inference.answer`. `headers` are ASGI's: lower
         case, latin-1."""
         asked = HttpAsked(self, name, version, headers, receive, correlation_id)
-        replied = await self._inference.answer(asked)
+        if self._tracing is None:
+            return await self.answered(await self._inference.answer(asked), headers)
+        with serving_http(self._tracing, name, version, headers) as span:
+            replied = await self._inference.answer(asked)
+            answer = await self.answered(replied, headers)
+            told(span, answer.status, replied.code)
+            return answer
+
+    async def answered(self, replied: Replied, headers: dict[bytes, bytes]) -> Answer:
+        """What a reply is over HTTP, to a request with these headers."""
         if replied.code == "ok":
             return await _encoded(_good(replied), headers)
         return _bad(replied)
+
+    def tenant(self, headers: dict[bytes, bytes]) -> str:
+        """Who asks; empty where there are no tenants. Raises `InvalidRequest`."""
+        return tenant_of(headers.get(self.tenant_key, b"")) if self.tenant_key else ""
 
 
 class HttpAsked:
@@ -84,6 +101,7 @@ class HttpAsked:
     ) -> None:
         self.name = name
         self.version = version
+        self.split_key = headers.get(_SPLIT_KEY, b"").decode("latin-1")
         self.correlation_id = correlation_id
         self._http = http
         self._headers = headers
@@ -104,25 +122,19 @@ class HttpAsked:
         if header_length == 0:
             # Workers need not know of raw requests: this one gets the header that it left out.
             body, header_length = v2.encode_request(request)
-        trace = headers.get(b"traceparent", b"")
+        traceparent, tracestate = trace_of(headers)
         return Read(
             request=request,
             body=body,
             header_length=header_length,
             remaining_s=_remaining_s(headers),
-            tenant=self._tenant(),
-            traceparent=trace.decode() if _TRACEPARENT.match(trace) else None,
+            tenant=http.tenant(headers),
+            traceparent=traceparent,
+            tracestate=tracestate,
         )
 
     def watched(self) -> AbstractAsyncContextManager[None]:
         return watching_for_hangup(self._receive)
-
-    def _tenant(self) -> str:
-        key = self._http.tenant_key
-        name = self._headers.get(key, b"") if key else b""
-        if len(name) > _TENANT_BYTES:
-            raise InvalidRequest(f"the tenant's name is longer than {_TENANT_BYTES} bytes")
-        return name.decode("latin-1")
 
 
 def _remaining_s(headers: dict[bytes, bytes]) -> float | None:

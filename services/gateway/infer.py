@@ -9,6 +9,7 @@ import msgspec
 import structlog
 from structlog.contextvars import bind_contextvars
 
+from services.gateway import spans
 from services.gateway.asked import Asked, Read
 from services.gateway.body import ClientGone, Held, Rejected
 from services.gateway.cancels import Cancels
@@ -24,6 +25,7 @@ from shared.broker.port import Message
 from shared.errors import STATUS, Internal, Overloaded, RoostError
 from shared.models import Manifest
 from shared.names import HEADER_BATCH, HEADER_CODE, HEADER_COMPUTE_US, HEADER_RETRYABLE
+from shared.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -58,6 +60,7 @@ class Inference:
         metrics: Metrics,
         statistics: Statistics,
         cancels: Cancels,
+        tracing: Tracing | None = None,
     ) -> None:
         self._config = config
         self._routes = routes
@@ -66,6 +69,7 @@ class Inference:
         self._metrics = metrics
         self._statistics = statistics
         self._cancels = cancels
+        self._tracing = tracing
 
     async def answer(self, asked: Asked) -> Replied:
         """The reply to one request, good or bad. Raises `RoostError` for every refusal of our
@@ -76,10 +80,12 @@ class Inference:
         code = "internal"
         manifest: Manifest | None = None
         ran: Ran | None = None
+        call: Call | None = None
+        reply: Message | None = None
         held = Held(self._admission)
         try:
             # 1. Look up: the name first, so that rubbish costs no reading.
-            target = await self._routes.target(asked.name, asked.version)
+            target = await self._routes.target(asked.name, asked.version, asked.split_key)
             manifest = target.manifest
             model = manifest.name
             # 2. Read and check: what cannot succeed ends here, before it costs a queue or a device.
@@ -93,7 +99,7 @@ class Inference:
             sent = time.monotonic()
             try:
                 async with asked.watched():
-                    reply = await self._rpc.call(call)
+                    reply = await self._ask(call, manifest)
                 answered = True
             except ClientGone:
                 self._cancels.add(asked.correlation_id, call.deadline)
@@ -114,15 +120,28 @@ class Inference:
                 if error.retry_after_s is None:
                     error.retry_after_s = self._retry_after_s(model)
             raise
-        except ClientGone:
+        except (ClientGone, asyncio.CancelledError):  # gRPC cancels whose client has gone
             code = "client_closed"
             raise
         finally:
             held.release()
             seconds = time.monotonic() - started
-            self._metrics.answered(model, code, seconds)
+            version = "" if manifest is None else str(manifest.version)
+            self._metrics.answered(model, version, code, seconds)
             if manifest is not None:
                 self._statistics.note(manifest.id, seconds, ran)
+                if call is None:
+                    self._metrics.refused(manifest.id, code)
+                elif reply is None:
+                    self._metrics.given_up(manifest.id, code, asked.correlation_id, call.deadline)
+
+    async def _ask(self, call: Call, manifest: Manifest) -> Message:
+        if self._tracing is None:
+            return await self._rpc.call(call)
+        with spans.publishing(self._tracing, call, manifest) as traced:
+            reply = await self._rpc.call(traced)
+        spans.answered(reply, manifest)
+        return reply
 
     async def take(self, asked: Asked, target: Target, held: Held) -> Taken:
         """Reads the request and holds it against its model. Raises what `Asked.read` raises, and
@@ -133,15 +152,16 @@ class Inference:
         return Taken(target, read, v2.check_inputs(read.request, target.manifest))
 
     def _call(self, asked: Asked, taken: Taken, started: float) -> Call:
-        read = taken.read
+        read, manifest = taken.read, taken.target.manifest
         return Call(
             correlation_id=asked.correlation_id,
             routing_key=taken.target.routing_key,
             body=read.body,
             header_length=read.header_length,
             deadline=self._deadline(read, started),
-            priority=v2.message_priority(v2.priority(read.request.parameters)),
-            headers={} if read.traceparent is None else {"traceparent": read.traceparent},
+            priority=v2.message_priority(v2.priority(read.request.parameters) or read.level),
+            headers=spans.carried(read.traceparent, read.tracestate),
+            pack=manifest.max_batch_size if self._config.packing and not manifest.stateful else 1,
         )
 
     def _deadline(self, read: Read, started: float) -> float:

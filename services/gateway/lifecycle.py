@@ -19,6 +19,8 @@ from services.gateway.registry import Registry
 from shared.catalog import NEGATIVE_TTL_S, TTL_S
 from shared.errors import InvalidRequest, ModelNotFound
 from shared.models import ModelSpec
+from shared.names import ModelId
+from shared.quarantine import Held
 from shared.repository import Repository
 
 log = structlog.get_logger(__name__)
@@ -50,6 +52,21 @@ class Lifecycle:
         await asyncio.to_thread(self._repository.unload, name)
         log.info("model_unloaded", model=name)
         await self._registry.changed(name)
+
+    async def quarantined(self) -> list[Held]:
+        """The versions that are kept from all engines, the latest first; not from a cache."""
+        found = await asyncio.to_thread(self._repository.quarantined)
+        return sorted(found.values(), key=lambda held: (-held.since, held.model))
+
+    async def release(self, name: str, version: int | None) -> list[ModelId]:
+        """Takes a version, or all of a model, out of quarantine; returns which, when they can be
+        asked: none, where none was in it. Raises `ModelNotFound`."""
+        released = await asyncio.to_thread(self._repository.release, name, version)
+        if released:
+            log.info("quarantine_released", models=released)
+            hinted = await self._registry.changed(name)
+            await asyncio.sleep((NEGATIVE_TTL_S if hinted else TTL_S) + _MARGIN_S)
+        return released
 
     async def _register(self, name: str, loading: Loading) -> None:
         present, digest = await self._newest(name)

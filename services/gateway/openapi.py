@@ -13,16 +13,20 @@ from typing import Any, Final
 
 import msgspec
 
+from services.gateway.aliases import MAX_WAIT_S
 from services.gateway.registry import Registration
 from services.gateway.schemas import RESPONSES, SCHEMAS
 from shared.models import Manifest, ModelSpec
-from shared.names import HEADER_DEADLINE, HEADER_LENGTH
+from shared.names import HEADER_DEADLINE, HEADER_LENGTH, HEADER_SPLIT_KEY
 
 Json = dict[str, Any]
 
 _PAGE: Final = "api.html"
 _NAME: Final = r"^[A-Za-z0-9](?:[._-]?[A-Za-z0-9]|[_-])*$"
 """As `names.check_name` has it, a little narrower: patterns here cannot say "no '..'"."""
+_VERSION: Final = r"^([1-9][0-9]{0,8}|[a-z][a-z0-9_-]{0,62})$"
+_ALIAS: Final = r"^[a-z][a-z0-9_-]{0,62}$"
+_REVISION: Final = r'^"[0-9]{1,18}"$'
 
 
 @functools.cache
@@ -59,6 +63,21 @@ def _document(version: str) -> Json:
                                                       "maxLength": 128}, example="bert"),
                 "version": _parameter("version", "path", {"type": "integer", "minimum": 1,
                                                           "maximum": 2**31 - 1}, example=1),
+                "address": _parameter(
+                    "version", "path", {"type": "string", "pattern": _VERSION},
+                    "A version, `latest`, or an alias.", example="1"),
+                "alias": _parameter("alias", "path", {"type": "string", "pattern": _ALIAS},
+                                    example="prod"),
+                "match": _parameter("If-Match", "header", {"type": "string", "pattern": _REVISION},
+                                    "The `ETag` that the aliases must still have."),
+                "wait": _parameter("wait", "query", {"type": "number", "minimum": 0,
+                                                     "maximum": MAX_WAIT_S},
+                                   "Seconds that the answer may wait until nothing is pending."),
+                "split": _parameter(
+                    HEADER_SPLIT_KEY, "header", {"type": "string", "pattern": "^[!-~]{1,256}$"},
+                    "Requests with the same key get the same version of a split."),
+                "job": _parameter("job", "path", {"type": "string",
+                                                  "pattern": "^[0-7][0-9a-f]{31}$"}),
                 "digest": _parameter("digest", "path", {"type": "string",
                                                         "pattern": "^sha256:[0-9a-f]{64}$"}),
                 "length": _parameter(
@@ -108,6 +127,18 @@ def _paths() -> Json:
                 body=_json_body("Unload", required=False), parameters=["model"],
             )
         },
+        "/v2/repository/quarantine": {
+            "get": _get("The versions that are kept from all workers as they ended engines",
+                        "Quarantine", 503, tag="repository"),
+        },
+        f"{stored}/quarantine": {
+            "delete": _operation("Let a model, all its versions, be loaded again", "repository",
+                                 _ok("Released"), 400, 404, 503, parameters=["model"]),
+        },
+        f"{stored}/versions/{{version}}/quarantine": {
+            "delete": _operation("Let a version be loaded again", "repository", _ok("Released"),
+                                 400, 404, 503, parameters=["model", "version"]),
+        },
         stored: {
             "get": _get("All that is known of a model", "Detail", 400, 404, 503,
                         tag="repository", parameters=["model"]),
@@ -127,8 +158,24 @@ def _paths() -> Json:
                 _ok("Manifest", 201), 400, 408, 409, 413, 503,
                 body=_json_body("Registration"), parameters=["model", "version"],
             ),
-            "delete": _operation("Remove a version", "repository", _nothing(), 400, 404, 503,
+            "delete": _operation("Remove a version", "repository", _nothing(), 400, 404, 409, 503,
                                  parameters=["model", "version"]),
+        },
+        f"{stored}/aliases": {
+            "get": _get("A model's aliases", "Aliases", 400, 404, 503, tag="repository",
+                        parameters=["model"]),
+        },
+        f"{stored}/aliases/{{alias}}": {
+            "get": _get("Where an alias leads", "Alias", 400, 404, 503, tag="repository",
+                        parameters=["model", "alias"]),
+            "put": _operation(
+                "Let an alias lead to a version or a split, once that is bound as often as what it "
+                "leads to now: 202 while it is not", "repository",
+                {**_ok("Alias"), **_ok("Alias", 202)}, 400, 404, 408, 409, 413, 503,
+                body=_json_body("AliasWish"), parameters=["model", "alias", "match", "wait"],
+            ),
+            "delete": _operation("Remove an alias", "repository", _nothing(), 400, 404, 409, 503,
+                                 parameters=["model", "alias", "match"]),
         },
         "/v2/repository/blobs/{digest}": {
             "head": _operation(
@@ -156,7 +203,7 @@ def _paths() -> Json:
         }})},
     }  # fmt: skip
     for path, parameters in ((model, ["model"]), (f"{model}/versions/{{version}}",
-                                                  ["model", "version"])):  # fmt: skip
+                                                  ["model", "address"])):  # fmt: skip
         paths[path] = {"get": _of_model("Model metadata", "ModelMetadata", parameters)}
         paths[f"{path}/config"] = {
             "get": _of_model("Triton's model configuration", "ModelConfig", parameters)
@@ -171,11 +218,46 @@ def _paths() -> Json:
         }
         paths[f"{path}/stats"] = {"get": _of_model("Statistics", "Statistics", parameters)}
         paths[f"{path}/infer"] = {"post": _infer(parameters)}
-    return paths
+        paths[f"{path}/jobs"] = {"post": _submit(parameters)}
+    return paths | _jobs()
 
 
-def _infer(parameters: list[str]) -> Json:
-    answer = {
+def _jobs() -> Json:
+    """Of jobs that are there already."""
+    job, whose = "/v2/jobs/{job}", ["job"]
+    errors = (400, 404, 500, 503)
+    return {
+        job: {
+            "get": _get("How a job stands", "Job", *errors, tag="jobs", parameters=whose),
+            "delete": _operation(
+                "Cancel a job, or remove one that has ended with its result", "jobs", _nothing(),
+                *errors, parameters=whose,
+            ),
+        },
+        f"{job}/result": {
+            "get": _operation(
+                "What `infer` would have answered; 409 while the job has not ended", "jobs",
+                {"200": _outputs()}, 400, 404, 409, 413, 429, 500, 503, 504, parameters=whose,
+            )
+        },
+    }  # fmt: skip
+
+
+def _submit(parameters: list[str]) -> Json:
+    accepted = {
+        "description": "Accepted: it will have its turn, whatever is restarted meanwhile.",
+        "headers": {"Location": {"schema": {"type": "string"}, "description": "Of the job."}},
+        "content": {"application/json": {"schema": _ref("Job")}},
+    }
+    return _operation(
+        "Submit a request, and come back for the answer", "jobs", {"202": accepted},
+        400, 404, 408, 413, 429, 500, 503, 504, body=_inputs(),
+        parameters=[*parameters, "length", "deadline", "encoding", "split"],
+    )  # fmt: skip
+
+
+def _outputs() -> Json:
+    return {
         "description": "The outputs. Raw ones stand behind the JSON.",
         "headers": {
             HEADER_LENGTH: {"schema": {"type": "integer"}, "description": "Bytes of JSON."}
@@ -185,7 +267,10 @@ def _infer(parameters: list[str]) -> Json:
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     }
-    body = {
+
+
+def _inputs() -> Json:
+    return {
         "required": True,
         "description": "JSON, then raw tensors if any. The Content-Type is not looked at.",
         "content": {
@@ -193,9 +278,12 @@ def _infer(parameters: list[str]) -> Json:
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     }
+
+
+def _infer(parameters: list[str]) -> Json:
     return _operation(
-        "Ask a model", "inference", {"200": answer}, 400, 404, 408, 413, 429, 500, 503, 504,
-        body=body, parameters=[*parameters, "length", "deadline", "encoding"],
+        "Ask a model", "inference", {"200": _outputs()}, 400, 404, 408, 413, 429, 500, 503, 504,
+        body=_inputs(), parameters=[*parameters, "length", "deadline", "encoding", "split"],
     )  # fmt: skip
 
 

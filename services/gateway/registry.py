@@ -25,6 +25,8 @@ from shared.store.port import TOPIC_REGISTRY, Store, StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
+_PRUNE_S = 60.0
+
 
 class Registration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a client says when it registers a version."""
@@ -56,13 +58,17 @@ class Registry:
         metrics: Metrics,
         tallies: Tallies,
         upload_limit: int,
+        prune_s: float = _PRUNE_S,
     ) -> None:
+        """`prune_s`: how long series of what another gateway removed may stay."""
         self._repository = repository
         self._catalog = catalog
         self._store = store
         self._metrics = metrics
         self._tallies = tallies
         self._upload_limit = upload_limit
+        self._prune_s = prune_s
+        self._changed_elsewhere = asyncio.Event()
         self._uploads = 0
 
     @contextlib.contextmanager
@@ -127,18 +133,33 @@ class Registry:
         return manifest
 
     async def remove(self, name: str, version: int | None) -> None:
-        """Removes one version, or all. Raises `ModelNotFound`."""
+        """Removes one version, or all. Raises `ModelNotFound`, `Conflict`."""
         await asyncio.to_thread(self._repository.remove, name, version)
         log.info("model_removed", model=name, version=version)
         await self.changed(name)
+        self._metrics.forget(name, version)
         if version is None:
-            self._metrics.forget(name)
             self._tallies.forget(name)
 
     async def follow_changes(self) -> None:
         """Forgets what other gateways changed. Never returns."""
         async for _ in self._store.hints(TOPIC_REGISTRY):
             self._catalog.invalidate(None)
+            self._changed_elsewhere.set()
+
+    async def prune_metrics(self) -> None:
+        """Once in a while, if anything changed: a model that is gone has no series, whoever
+        removed it. Never returns."""
+        while True:
+            await self._changed_elsewhere.wait()
+            await asyncio.sleep(self._prune_s)  # a listing for many changes
+            self._changed_elsewhere.clear()
+            try:
+                registered = await self._catalog.ids(even_unloaded=True)
+            except RoostError as error:
+                log.info("metrics_not_pruned", error=str(error))
+                continue
+            self._metrics.keep({manifest.id for manifest in registered})
 
     async def changed(self, name: str) -> bool:
         """Tells all services that something about the model is new. Whether they could be told."""

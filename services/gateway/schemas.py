@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final, get_args
 
+from services.gateway.core.jobs import State
 from services.gateway.core.tally import Tally, statistics
+from shared.aliases import MAX_VERSIONS, MAX_WEIGHT
 from shared.models import Datatype
 from shared.names import HEADER_CODE
 
@@ -40,6 +42,7 @@ def _like(example: Any) -> Json:
 
 
 _STRING: Final[Json] = {"type": "string"}
+_TIME: Final[Json] = {"type": "string", "format": "date-time"}
 _COUNT: Final[Json] = {"type": "integer", "minimum": 0}
 _BOOL: Final[Json] = {"type": "boolean"}
 _DATATYPE: Final[Json] = {"type": "string", "enum": list(get_args(Datatype))}
@@ -69,6 +72,18 @@ _INDEX_ITEM: Final = _object(
         "shared_bytes": _COUNT,
     }
 )
+
+_SPLIT: Final[Json] = {
+    "type": "object",
+    "patternProperties": {"^[1-9][0-9]{0,8}$": {"type": "integer", "minimum": 1}},
+    "additionalProperties": False,
+    "minProperties": 1,
+    "description": "Weights by version.",
+}
+_WAITS: Final[Json] = {
+    **_array(_STRING),
+    "description": "What it waits for, in words.",
+}
 
 SCHEMAS: Final[Json] = {
     "Error": _object({"error": {**_STRING, "minLength": 1}}),
@@ -127,8 +142,55 @@ SCHEMAS: Final[Json] = {
                     ]
                 }
             ),
+            "aliases": _array(_ref("Alias")),
         }
     ),
+    "Alias": _object(
+        {
+            "model": _STRING,
+            "alias": _STRING,
+            "version": {**_STRING, "description": "Of a split the heaviest."},
+            "split": _SPLIT,
+            "pending": {
+                "anyOf": [
+                    {"type": "null"},
+                    _object(
+                        {
+                            "split": _SPLIT,
+                            "for_s": {"type": "number", "minimum": 0},
+                            "waits_for": _WAITS,
+                        }
+                    ),
+                ]
+            },
+        }
+    ),
+    "Aliases": _object({"model": _STRING, "aliases": _array(_ref("Alias"))}),
+    "AliasWish": {
+        **_object(
+            {
+                "version": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
+                "split": {
+                    **_SPLIT,
+                    "patternProperties": {
+                        "^[1-9][0-9]{0,8}$": {
+                            "type": "integer",
+                            "minimum": 0,
+                            "maximum": MAX_WEIGHT,
+                        }
+                    },
+                    "maxProperties": MAX_VERSIONS,
+                },
+                "now": {**_BOOL, "description": "Without waiting for bindings."},
+            },
+            "version",
+            "split",
+            "now",
+            closed=True,
+        ),
+        "description": "Either `version` or `split`.",
+        "examples": [{"version": 2}, {"split": {"1": 90, "2": 10}}],
+    },
     "Load": _object(
         {
             "parameters": {
@@ -149,6 +211,53 @@ SCHEMAS: Final[Json] = {
         "parameters",
     ),
     "Blob": _object({"digest": _STRING, "size_bytes": _COUNT}),
+    "Quarantine": _object(
+        {
+            "quarantined": _array(
+                _object(
+                    {
+                        "model": {**_STRING, "description": "`<name>/<version>`"},
+                        "reason": _STRING,
+                        "since": {"type": "number", "description": "Unix time."},
+                        "worker": {**_STRING, "description": "That saw it."},
+                        "deaths": _array(
+                            _object(
+                                {
+                                    "kind": {"enum": ["load", "request"]},
+                                    "worker": _STRING,
+                                    "at": {"type": "number"},
+                                    "reason": _STRING,
+                                }
+                            )
+                        ),
+                    }
+                )
+            )
+        }
+    ),
+    "Released": _object({"released": _array(_STRING)}),
+    "Job": _object(
+        {
+            "id": _STRING,
+            "state": {"type": "string", "enum": list(get_args(State))},
+            "model_name": _STRING,
+            "model_version": _STRING,
+            "request_id": {**_STRING, "description": "The request's own `id`."},
+            "created": _TIME,
+            "deadline": _TIME,
+            "ended": _TIME,
+            "kept_until": {**_TIME, "description": "Until then the result is there."},
+            "result": {**_STRING, "description": "Where the result is, or will be."},
+            "error": _STRING,
+            "code": {**_STRING, "description": "The error's."},
+        },
+        "model_version",
+        "request_id",
+        "ended",
+        "kept_until",
+        "error",
+        "code",
+    ),
     "InferRequest": {
         **_object(
             {
@@ -233,7 +342,7 @@ _ERRORS: Final = {
     400: "What was sent is wrong, and would be wrong again.",
     404: "There is no such model or version, or it is unloaded.",
     408: "The body did not arrive in time.",
-    409: "The version is there already, with other content.",
+    409: "Something else is there already, or has changed meanwhile, or is still used.",
     413: "Beyond a limit, counted after decompression.",
     429: "Too much is under way. `Retry-After` says when there should be room.",
     500: "The model failed, or the gateway.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import structlog
@@ -42,9 +43,9 @@ class Statistics:
         """One request ended, well if it `ran`."""
         self._tallies.note(model, seconds, ran, time.time())
 
-    async def of(self, name: str, version: int | None) -> dict[str, Any]:
-        """One version, or all of a model. Raises `ModelNotFound`."""
-        numbers = [version] if version is not None else await self._status.versions(name)
+    async def of(self, name: str, versions: Sequence[int] | None) -> dict[str, Any]:
+        """Some versions, or all of a model. Raises `ModelNotFound`."""
+        numbers = versions if versions is not None else await self._status.versions(name)
         return await self._told([await self._catalog.get(name, number) for number in numbers])
 
     async def of_all(self) -> dict[str, Any]:

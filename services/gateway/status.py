@@ -17,6 +17,7 @@ from services.gateway.core.placement import UNPLACED, Placement, placements
 from shared.catalog import Catalog
 from shared.models import Format, Manifest, TensorSpec
 from shared.names import ModelId
+from shared.quarantine import Held
 from shared.repository import Repository
 from shared.sharing import SharedBytes
 from shared.store.port import Store, StoreUnavailable
@@ -104,6 +105,9 @@ class Status:
         """Whether a request can be answered, and where the model is or why not. A model on
         disk is ready: the request itself brings it in. Raises `ModelNotFound`."""
         manifest = await self._catalog.get(name, version)
+        held = (await self._catalog.quarantined()).get(manifest.id)
+        if held is not None:
+            return False, held.error().message
         where = await self._where()
         if where is None:
             return True, ""
@@ -113,11 +117,20 @@ class Status:
     async def index(self, *, ready_only: bool) -> list[dict[str, Any]]:
         """The repository index: every version of every model."""
         where = await self._where()
-        manifests, sharing, unloaded = await asyncio.gather(
-            self._catalog.ids(even_unloaded=True), self._catalog.sharing(), self._catalog.unloaded()
+        manifests, sharing, unloaded, held = await asyncio.gather(
+            self._catalog.ids(even_unloaded=True),
+            self._catalog.sharing(),
+            self._catalog.unloaded(),
+            self._catalog.quarantined(),
         )
         items = [
-            _index_item(manifest, where, sharing, unloaded=manifest.name in unloaded)
+            _index_item(
+                manifest,
+                where,
+                sharing,
+                unloaded=manifest.name in unloaded,
+                held=held.get(manifest.id),
+            )
             for manifest in manifests
         ]
         return [item for item in items if not ready_only or item["state"] == "READY"]
@@ -129,13 +142,15 @@ class Status:
         versions = await asyncio.to_thread(self._repository.versions, name)
         where = await self._where()
         sharing = await self._catalog.sharing()
+        quarantined = await self._catalog.quarantined()
         found = []
         for version in versions:
             manifest = await self._catalog.get(name, version, even_unloaded=True)
             place = (where or {}).get(manifest.id, UNPLACED)
+            held = quarantined.get(manifest.id)
             found.append(
                 {
-                    **_index_item(manifest, where, sharing, unloaded=unloaded),
+                    **_index_item(manifest, where, sharing, unloaded=unloaded, held=held),
                     "manifest": manifest,
                     "device": place.device,
                     "host": place.host,
@@ -175,16 +190,22 @@ def _index_item(
     sharing: Mapping[ModelId, SharedBytes],
     *,
     unloaded: bool,
+    held: Held | None,
 ) -> dict[str, Any]:
     place = (where or {}).get(manifest.id, UNPLACED)
     # A version that was registered since the bytes were counted has them to itself so far.
     divided = sharing.get(manifest.id) or SharedBytes(manifest.size_bytes, 0)
+    reason = str(place) if where is not None else ""
+    if unloaded:
+        reason = "unloaded"  # Triton's own word for it
+    elif held is not None:
+        reason = f"quarantined: {held.reason}"
+    asked = place.servable and not unloaded and held is None
     return {
         "name": manifest.name,
         "version": str(manifest.version),
-        "state": "READY" if place.servable and not unloaded else "UNAVAILABLE",
-        # Triton's own word for it.
-        "reason": "unloaded" if unloaded else str(place) if where is not None else "",
+        "state": "READY" if asked else "UNAVAILABLE",
+        "reason": reason,
         "tiers": place.tiers,
         "size_bytes": manifest.size_bytes,
         "own_bytes": divided.own_bytes,

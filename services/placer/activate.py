@@ -19,6 +19,8 @@ from services.placer.core.plan import Plan, place_one
 from services.placer.knowledge import Active, Knowledge
 from services.placer.metrics import Metrics
 from services.placer.replies import answer, check_deadline, forwarded
+from services.placer.spans import failed, placing
+from shared import packs
 from shared.broker.port import (
     Broker,
     BrokerUnavailable,
@@ -30,9 +32,11 @@ from shared.broker.port import (
 from shared.catalog import Catalog
 from shared.errors import Internal, InvalidRequest, ModelNotFound, RoostError, from_code
 from shared.models import Footprint, Manifest, Profile
-from shared.names import ModelId, check_name, model_queue, split_model_id
+from shared.names import ModelId, check_name, model_queue
+from shared.nvmetrics import reason_of
 from shared.repository import Repository
 from shared.store.port import StoreUnavailable
+from shared.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +56,7 @@ class Activator:
         knowledge: Knowledge,
         applier: Applier,
         metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self._broker = broker
         self._catalog = catalog
@@ -59,6 +64,7 @@ class Activator:
         self._knowledge = knowledge
         self._applier = applier
         self._metrics = metrics
+        self._tracing = tracing
         self._activating: dict[ModelId, asyncio.Task[None]] = {}
 
     async def handle(self, delivery: Delivery) -> None:
@@ -86,9 +92,10 @@ class Activator:
     async def activate(self, manifest: Manifest, why: str = "first request") -> None:
         """Makes the model active, with a queue, and a worker if there is room: otherwise the
         plan finds one later. One activation of a model at a time; others wait for it. Raises
-        why it can never be served by the workers that are there; `StoreUnavailable`,
-        `BrokerUnavailable`."""
+        why it can never be served by the workers that are there; `Quarantined`,
+        `StoreUnavailable`, `BrokerUnavailable`."""
         model = manifest.id
+        await self._catalog.check_runnable(model)
         active = self._knowledge.active.get(model)
         if active is not None and active.declared and self._knowledge.copies(model):
             return
@@ -121,7 +128,15 @@ class Activator:
     # --- parts ------------------------------------------------------------------------------
 
     async def _serve(self, delivery: Delivery) -> None:
-        began = time.perf_counter()
+        if self._tracing is None or packs.count(delivery.message) > 1:  # several traces in one
+            await self._place_and_pass_on(delivery, delivery.message)
+            return
+        with placing(self._tracing, delivery) as message:
+            await self._place_and_pass_on(delivery, message)
+
+    async def _place_and_pass_on(self, delivery: Delivery, message: Message) -> None:
+        """`message` is what goes on to the model's queue."""
+        began, manifest = time.perf_counter(), None
         while True:
             try:
                 check_deadline(delivery.message)
@@ -132,7 +147,7 @@ class Activator:
                     self._metrics.reflex_seconds.labels("first").observe(
                         time.perf_counter() - began
                     )
-                await self._forward(manifest.id, delivery.message)
+                await self._forward(manifest.id, message, delivery.routing_key)
             except StoreUnavailable:
                 # No assignment can be told to anybody: the request waits here, while it can.
                 await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))  # noqa: S311
@@ -142,17 +157,21 @@ class Activator:
             except RoostError as error:
                 if isinstance(error, ModelNotFound | InvalidRequest):
                     self._metrics.unknown.inc()
+                if manifest is not None:
+                    for _ in range(packs.count(delivery.message)):
+                        self._metrics.failures.failed(manifest.id, reason_of(error.code))
+                failed(error)
                 await answer(self._broker, delivery, error, self._metrics)
                 return
             await delivery.ack()
-            self._metrics.forwarded.inc()
+            self._metrics.forwarded.inc(packs.count(delivery.message))
             return
 
     async def _manifest(self, routing_key: str) -> Manifest:
         """The model that a routing key names. Raises `InvalidRequest`, `ModelNotFound`."""
-        if "/" in routing_key:
-            name, version = split_model_id(routing_key)
-            manifest = await self._catalog.get(name, version)
+        name, slash, version = routing_key.partition("/")
+        if slash:
+            manifest = await self._catalog.named(check_name(name), version)
         else:
             manifest = await self._catalog.get(check_name(routing_key))
             if manifest.id in self._knowledge.active:
@@ -240,12 +259,12 @@ class Activator:
                 found[kind] = profile
         return found
 
-    async def _forward(self, model: ModelId, message: Message) -> None:
+    async def _forward(self, model: ModelId, message: Message, routing_key: str) -> None:
         queue = model_queue(model)
         # Before it is there: a depth that is read meanwhile must not count as "nothing waits".
         self._knowledge.wait(model)
         active = self._knowledge.active.get(model)
-        if active is not None and active.bound_keys:
+        if active is not None and active.bound_keys and routing_key in active.bound_keys:
             lost = self._knowledge.clock() - active.routed_at > _LATE_S
             if lost and model in self._knowledge.consumers:
                 active.bound_keys = None  # the broker may have lost its routes: bind them again

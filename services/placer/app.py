@@ -24,6 +24,7 @@ from shared.http import serve
 from shared.repository import Repository
 from shared.store.port import Store, StoreUnavailable
 from shared.supervise import Backoff, guard
+from shared.tracing import Tracing, open_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +36,7 @@ async def run(
     broker: Broker | None = None,
     store: Store | None = None,
     on_ready: Callable[[int], None] | None = None,
+    tracing: Tracing | None = None,
 ) -> None:
     """Decides, or stands by, until `stop` is set; then lets the next placer in and returns.
 
@@ -48,6 +50,7 @@ async def run(
     repository = Repository(config.repository_url)
     catalog = Catalog(repository)
     metrics = Metrics()
+    tracing = tracing or open_tracing(on=config.tracing, service="placer", instance=instance)
     scale = Scale(metrics)
     lease = Lease(
         store, f"placer-{instance}", ttl_s=config.lease_ttl_s, renew_s=config.lease_renew_s
@@ -58,16 +61,16 @@ async def run(
         await broker.start()
         while True:
             await lease.held.wait()
-            term = Term(config, broker, store, lease, repository, catalog, scale, metrics)
+            term = Term(config, broker, store, lease, repository, catalog, scale, metrics, tracing)
             http.term = term
             metrics.leading.set(1)
-            metrics.bindings = term.knowledge.bindings
+            metrics.knowledge = term.knowledge
             try:
                 await _until(lease.lost, term)
             finally:
                 http.term = None
                 metrics.leading.set(0)
-                metrics.bindings = tuple
+                metrics.knowledge = None
 
     async def keep_lease() -> None:
         try:
@@ -99,6 +102,8 @@ async def run(
         await lease.release()
         await broker.close()
         await store.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         log.info("placer_stopped", instance=instance)
 
 

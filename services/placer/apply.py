@@ -192,16 +192,20 @@ class Applier:
         bound, manifest = active.bound_keys, active.manifest
         if bound is None or manifest is None or model not in bound:
             return False
+        if model not in self._knowledge.consumers or not self._knowledge.copies(model):
+            return False
         default = self._knowledge.defaults.get(manifest.name) == manifest.version
-        served = model in self._knowledge.consumers and self._knowledge.copies(model) > 0
-        return served and len(bound) == 1 + default
+        aliases = self._knowledge.names.keys(model)
+        if default and manifest.name not in bound:
+            return False
+        return len(bound) == 1 + default + len(aliases) and aliases <= bound
 
     def _routing_keys(self, model: ModelId) -> set[str]:
         """Keys that should lead to the model's queue: none before somebody consumes it; and
         what leads there stays, while a lost worker's successor is on its way."""
         active = self._knowledge.active[model]
         name, _ = split_model_id(model)
-        allowed = {str(model)}
+        allowed = {str(model), *self._knowledge.names.keys(model)}
         if self._knowledge.is_default(model):
             allowed.add(name)
         if model in self._knowledge.consumers and self._knowledge.copies(model):
@@ -214,7 +218,9 @@ class Applier:
             return
         name, _ = split_model_id(model)
         wanted = self._routing_keys(model)
-        before = {str(model), name} if active.bound_keys is None else active.bound_keys
+        before = active.bound_keys
+        if before is None:
+            before = {str(model), name, *self._knowledge.names.ever(name)}
         for key in before - wanted:
             async with asyncio.timeout(_BROKER_TIMEOUT_S):
                 await self._broker.unbind(model_queue(model), key)
@@ -241,7 +247,9 @@ class Applier:
         retiring = self._knowledge.retiring.get(model)
         active = self._knowledge.active.get(model) if retiring is None else retiring.active
         known = None if active is None else active.bound_keys
-        for key in (str(model), name) if known is None else sorted(known):
+        if known is None:
+            known = {str(model), name, *self._knowledge.names.ever(name)}
+        for key in sorted(known):
             async with asyncio.timeout(_BROKER_TIMEOUT_S):
                 await self._broker.unbind(model_queue(model), key)
         if active is not None:

@@ -9,7 +9,7 @@ from shared.config import CommonConfig, ConfigError
 class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     """Loopback: what it tells names models and workers. Images say `0.0.0.0`."""
-    port: int = 8001
+    port: int = 8003
     """Beside the gateway's 8000. 0 takes a free one."""
     instance: str = ""
     """Holder of the lease. Empty: a new random one at each start."""
@@ -44,6 +44,7 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
     victim_idle_s: float = Policy().victim_idle_s
     victim_min_age_s: float = Policy().victim_min_age_s
     retry_failed_s: float = Policy().retry_failed_s
+    silent_after_s: float = Policy().silent_after_s
     shrink_after_s: float = Policy().shrink_after_s
     min_workers: int = Policy().min_workers
     scale_to_zero_after_s: float = Policy().scale_to_zero_after_s
@@ -78,6 +79,8 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
             victim_idle_s=self.victim_idle_s,
             victim_min_age_s=self.victim_min_age_s,
             retry_failed_s=self.retry_failed_s,
+            # Who is looked at seldom cannot be told to be silent sooner.
+            silent_after_s=max(self.silent_after_s, 3 * self.tick_s),
             shrink_after_s=self.shrink_after_s,
             min_workers=self.min_workers,
             scale_to_zero_after_s=self.scale_to_zero_after_s,

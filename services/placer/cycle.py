@@ -186,7 +186,7 @@ class Cycle:
             log.info("plan_applied", plan=str(verified)[:2000])
         metrics, knowledge = self._metrics, self._knowledge
         metrics.put_off.set(len(verified.pace.put_off))
-        if verified.pace.put_off:
+        if verified.pace.unfinished:
             self._next_s = 0.0  # the rest has its turn at once
         metrics.evictions.inc(sum(gone.reason.startswith("makes room") for gone in verified.unbind))
         metrics.workers.set(len(knowledge.reports))

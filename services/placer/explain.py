@@ -7,21 +7,27 @@ from typing import Any
 from services.placer.core.plan import want
 from services.placer.core.view import ModelView, View
 from services.placer.core.wanted import Wanted
-from services.placer.knowledge import Event, Knowledge
+from services.placer.history import Event
+from services.placer.knowledge import Knowledge
 from shared.models import Footprint, Manifest
 from shared.names import ModelId, model_queue
+from shared.quarantine import Held
 
 _EVENTS = 20
 _FLEET_EVENTS = 50
 
 
-def explain(knowledge: Knowledge, manifest: Manifest) -> dict[str, Any]:
-    """Why one registered model is where it is."""
+def explain(
+    knowledge: Knowledge, manifest: Manifest, quarantined: Held | None = None
+) -> dict[str, Any]:
+    """Why one registered model is where it is, or nowhere."""
     model = manifest.id
     view = knowledge.view()
     facts = view.models.get(model)
     state = "active" if facts is not None else "registered, nobody asks for it"
-    if model in knowledge.retiring:
+    if quarantined is not None:
+        state = f"quarantined: {quarantined.reason}"
+    elif model in knowledge.retiring:
         state = f"being retired: {knowledge.retiring[model].gone.reason}"
     active = knowledge.active.get(model)
     return {
@@ -31,7 +37,9 @@ def explain(knowledge: Knowledge, manifest: Manifest) -> dict[str, Any]:
         "queue": model_queue(model) if facts is not None else None,
         "routing_keys": sorted((active.bound_keys if active else None) or ()),
         "want": 0 if facts is None else _want(view, facts, knowledge),
-        "why": _why(knowledge, model),
+        "why": _why(knowledge, model) if quarantined is None else quarantined.error().message,
+        "quarantined": quarantined,
+        "alias": knowledge.flips.get(model),
         "demand": None if facts is None else _demand(view, facts),
         "last_placement": _placement(knowledge, model),
         "move": _move(view, model),
@@ -51,7 +59,7 @@ def explain(knowledge: Knowledge, manifest: Manifest) -> dict[str, Any]:
             for no in knowledge.last_plan.refused
             if no.model == model
         ],
-        "events": [_event(e) for e in knowledge.events if e.model == model][-_EVENTS:],
+        "events": [_event(e) for e in knowledge.history.events if e.model == model][-_EVENTS:],
     }
 
 
@@ -84,6 +92,7 @@ def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
                 "host_budget_bytes": report.host_budget_bytes,
                 "host_used_bytes": report.host_used_bytes,
                 "engine_up": report.engine_up,
+                "stalled": view.workers[name].stalled,
                 "engine_restarts": report.engine_restarts,
                 "draining": report.draining,
                 "leaving": name in knowledge.leaving,
@@ -101,13 +110,13 @@ def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
         "refused": [
             {"model": no.model, "reason": str(no.refusal)} for no in knowledge.last_plan.refused
         ],
-        "events": [_event(event) for event in list(knowledge.events)[-_FLEET_EVENTS:]],
+        "events": [_event(event) for event in list(knowledge.history.events)[-_FLEET_EVENTS:]],
     }
 
 
 def _placement(knowledge: Knowledge, model: ModelId) -> dict[str, Any] | None:
     """Where it was last placed, and with which scores: the least is taken."""
-    placed = knowledge.placed.get(model)
+    placed = knowledge.history.placed.get(model)
     if placed is None:
         return None
     return {

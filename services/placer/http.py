@@ -19,7 +19,7 @@ from shared.broker.port import Broker
 from shared.catalog import Catalog
 from shared.errors import STATUS, InvalidRequest, RoostError, Unavailable
 from shared.http import metrics_route
-from shared.names import check_name, check_version
+from shared.names import check_name
 
 _DIGITS = 7
 
@@ -110,10 +110,12 @@ class PlacerHttp:
         term = self._led()
         name = check_name(request.path_params["name"])
         version = request.path_params.get("version")
-        manifest = await self._catalog.get(
-            name, None if version is None else check_version(version)
-        )
-        return _json(explain(term.knowledge, manifest))
+        if version is None:
+            manifest = await self._catalog.get(name)
+        else:
+            manifest = await self._catalog.named(name, version)
+        held = (await self._catalog.quarantined()).get(manifest.id)
+        return _json(explain(term.knowledge, manifest, held))
 
     def _led(self) -> Term:
         if self.term is None:

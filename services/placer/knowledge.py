@@ -4,46 +4,32 @@
 (apply.py). Laws: `assigned` has exactly the workers that report; every assigned model is
 active; a model is active or being retired, never both.
 
-Times are monotonic, but for `Event.at`, which people read.
+Times are monotonic.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from services.placer.core.changes import Considered, Plan, Retire
-from services.placer.core.columns import Models
+from services.placer.consumers import Consumers
+from services.placer.core.changes import Plan, Retire
 from services.placer.core.demand import DemandTracker
-from services.placer.core.news import News, header, shown
+from services.placer.core.news import News, header, shows_the_same
 from services.placer.core.policy import Policy
-from services.placer.core.rooms import Room
-from services.placer.core.view import Binding, FleetSince, Pace, View, WorkerView
+from services.placer.core.view import Binding, FleetSince, Pace, View
 from services.placer.failures import Failures
+from services.placer.history import History
+from services.placer.names import Names
 from services.placer.picture import Active, Picture
+from services.placer.worker_views import WorkerViews
 from shared.control import ModelReport, Report
 from shared.models import Manifest
 from shared.names import ModelId, split_model_id
 
-__all__ = ["Active", "Event", "Knowledge", "Placed", "Retiring"]
-
-EVENTS_KEPT = 1000
-_NEGLIGIBLE_S = 1e-3
-"""Seconds of loading that are not worth to be remembered."""
-
-
-class Event(msgspec.Struct, frozen=True):
-    """One thing that happened, for people."""
-
-    at: float
-    what: str
-    model: str = ""
-    worker: str = ""
-    why: str = ""
+__all__ = ["Active", "Knowledge", "Retiring"]
 
 
 class Retiring(msgspec.Struct, frozen=True):
@@ -52,15 +38,6 @@ class Retiring(msgspec.Struct, frozen=True):
     gone: Retire
     active: Active
     """What was known of it, should it be asked again meanwhile."""
-
-
-class Placed(msgspec.Struct, frozen=True):
-    """A model's last placement: where, why there, and which workers were considered."""
-
-    at: float
-    worker: str
-    why: str
-    considered: tuple[Considered, ...] = ()
 
 
 class Knowledge:
@@ -75,35 +52,38 @@ class Knowledge:
         self.assigned: dict[str, dict[ModelId, Binding]] = {}
         self.active: dict[ModelId, Active] = {}
         self.retiring: dict[ModelId, Retiring] = {}
-        self.consumers: dict[ModelId, list[str]] = {}
-        """Workers that consume each model's queue, as they report."""
         self.defaults: dict[str, int] = {}
-        """Highest registered version by name, of active models."""
+        """What the bare name means, by name, of active models: the highest registered version, or
+        where the alias `default` leads."""
+        self.names = Names()
+        self.flips: dict[ModelId, str] = {}
+        """What aliases that are to lead to a version wait for, for people."""
         self.generations: dict[str, int] = {}
         """Generation of the assignment last written, by worker."""
         self.leaving: set[str] = set()
         """Workers that were asked to leave, of those that report."""
-        self._full: dict[str, set[ModelId]] = {}
+        self._held: set[ModelId] = set()
         self._waiting: set[ModelId] = set()
         """Active models of which something may wait in the queue."""
         self.version = 0
         """Grows with everything that another view would show."""
         self.saturated: set[ModelId] = set()
         """Models of which some worker has taken all that it may at once."""
-        self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self.history = History()
         self.last_plan = Plan()
         self._copies: dict[ModelId, int] = {}
-        self.placed: dict[ModelId, Placed] = {}
-        """The last placement of each active model that this placer has placed."""
         self._picture = Picture(self.tracker, policy)
         self._failures = Failures(policy)
-        self._copied: dict[str, tuple[float, float]] = {}
-        """Seconds of loading given to a worker, decaying, as of when."""
-        self._views: dict[str, WorkerView] = {}
-        """As last made, of workers of which nothing has changed since."""
-        self._rooms: dict[str, Room] = {}
-        """Likewise, of workers where neither sizes nor the assignment have changed."""
-        self._shares: dict[str, bool] = {}
+        self._consumers = Consumers()
+        self._workers = WorkerViews(
+            self.tracker,
+            policy,
+            self._failures,
+            self.active,
+            self.reported,
+            self.assigned,
+            self.leaving,
+        )
         self._measured: set[ModelId] = set()
         """Models of which a size was learnt."""
         self._low_since: dict[ModelId, float] = {}
@@ -116,8 +96,13 @@ class Knowledge:
             f"retiring={len(self.retiring)}>"
         )
 
+    @property
+    def consumers(self) -> Mapping[ModelId, Sequence[str]]:
+        """Workers that consume each model's queue, as they report."""
+        return self._consumers.by_model
+
     def note(self, what: str, model: str = "", worker: str = "", why: str = "") -> None:
-        self.events.append(Event(time.time(), what, model, worker, why))
+        self.history.note(what, model, worker, why)
 
     # --- what is seen -----------------------------------------------------------------------
 
@@ -135,14 +120,18 @@ class Knowledge:
                 self._note_failures(self.reports[worker], now)
         for worker, new in news.items():
             self._take(self.reports[worker], before.get(worker), new, now)
-        self._resized(self._measured)
+        for worker in self._failures.listen(news, now):
+            self._workers.changed(worker)
+            silent = self._failures.silent(worker)
+            self.note("worker is silent" if silent else "worker is heard again", worker=worker)
+        self._workers.resized_models(self._measured)
         self._measured = set()
         self.see_depths(depths, asked_at)
         for model in self._waiting & self.consumers.keys():
             active = self.active.get(model)
             if active is not None:
                 active.waiting_at = None
-        self.saturated = {model for models in self._full.values() for model in models}
+        self.saturated = self._consumers.saturated()
         self.version += 1
 
     def see_depths(self, depths: dict[ModelId, int], asked_at: float) -> None:
@@ -164,6 +153,19 @@ class Knowledge:
             if active.waiting_at is not None and active.waiting_at < asked_at:
                 active.waiting_at = None
 
+    def requests_per_message(self, model: ModelId) -> float:
+        """Of late, by those that consume its queue; else what they said last."""
+        active = self.active.get(model)
+        told = [
+            report.requests_per_message
+            for worker in self.consumers.get(model, ())
+            if (report := self.reported.get(worker, {}).get(model)) is not None
+        ]
+        if active is None or not told:
+            return 1.0 if active is None else active.requests_per_message
+        active.requests_per_message = max(sum(told) / len(told), 1.0)
+        return active.requests_per_message
+
     def adopt(
         self, worker: str, models: dict[ModelId, str], generation: int, *, leaving: bool = False
     ) -> None:
@@ -173,7 +175,7 @@ class Knowledge:
         self.assigned[worker] = {}
         if leaving:
             self.leaving.add(worker)
-            self._views.pop(worker, None)
+            self._workers.changed(worker)
         for model, reason in models.items():
             if model in self.active:
                 self._put(worker, model, Binding(now, reason))
@@ -184,7 +186,7 @@ class Knowledge:
         """Workers to which the model is assigned."""
         return self._copies.get(model, 0)
 
-    def bindings(self) -> list[tuple[str, int]]:
+    def bindings(self) -> list[tuple[ModelId, int]]:
         """Active models, and to how many workers each is assigned."""
         return [(model, self.copies(model)) for model in list(self.active)]
 
@@ -208,14 +210,14 @@ class Knowledge:
         """The worker, which must report, is to leave once others have what it has."""
         if worker not in self.leaving:
             self.leaving.add(worker)
-            self._views.pop(worker, None)
+            self._workers.changed(worker)
             self.note("worker leaves", worker=worker, why=why)
 
     def stay(self, worker: str) -> None:
         """Takes that back."""
         if worker in self.leaving:
             self.leaving.remove(worker)
-            self._views.pop(worker, None)
+            self._workers.changed(worker)
             self.note("worker stays", worker=worker)
 
     # --- what is active ---------------------------------------------------------------------
@@ -256,7 +258,7 @@ class Knowledge:
             active.base = None  # its row goes: should it come back, it is new to the picture
             self.retiring[gone.model] = Retiring(gone, active)
             self._low_since.pop(gone.model, None)
-            self.placed.pop(gone.model, None)
+            self.history.placed.pop(gone.model, None)
             self.note("retired", gone.model, why=gone.reason)
 
     def forget(self, model: ModelId) -> None:
@@ -269,31 +271,36 @@ class Knowledge:
         name, version = split_model_id(model)
         return self.defaults.get(name) == version
 
+    def is_meant(self, model: ModelId) -> bool:
+        """Whether the bare name or an alias sends requests to the version."""
+        return self.is_default(model) or self.names.mean(model)
+
+    def hold(self, copies: Mapping[ModelId, int], flips: Mapping[ModelId, str]) -> None:
+        """These are to have so many copies at least, and all others what they are asked for."""
+        for model in self._held | copies.keys():
+            active, least = self.active.get(model), copies.get(model, 0)
+            if active is not None and active.least_copies != least:
+                active.least_copies = least
+                self.version += 1
+        self._held = set(copies)
+        self.flips = dict(flips)
+
     # --- what is decided --------------------------------------------------------------------
 
     def view(self, newcomer: tuple[ModelId, Active] | None = None) -> View:
         """A snapshot to decide on; with `newcomer` as if that were active. Costs what changed,
         and a few operations on whole columns."""
         now = self.clock()
-        warm = {model: self.is_default(model) for model in self._picture.warm}
-        self._resized(set(self._picture.refresh(self.active, warm, now)))
+        warm = {model: self.is_meant(model) for model in self._picture.warm}
+        self._workers.resized_models(self._picture.refresh(self.active, warm, now))
         if newcomer is None or newcomer[0] in self.active:
             models = self._picture.models(self._asked(), self._low_since)
         else:
             models = self._picture.models_with(*newcomer, self._asked(), self._low_since, now)
-        workers = {}
-        for worker, report in self.reports.items():
-            seen = self._views.get(worker)
-            if seen is None:
-                seen = self._worker_view(worker, report, models, now)
-                if not self._failures.engine_down(worker):
-                    self._views[worker] = seen
-            if worker in self._copied:
-                seen = msgspec.structs.replace(seen, copied_s=self._copied_s(worker, now))
-            workers[worker] = seen
+        views = self._workers
         return View(
             at=now,
-            workers=workers,
+            workers={w: views.view(report, models, now) for w, report in self.reports.items()},
             models=models,
             fleet_since=self._fleet_since,
             pace=self._pace,
@@ -310,25 +317,16 @@ class Knowledge:
         for new in plan.bind:
             if new.worker in self.assigned and new.model in self.active:
                 self._put(new.worker, new.model, Binding(now, new.reason, new.spare))
-                self.placed[new.model] = Placed(time.time(), new.worker, new.reason, new.considered)
-                if new.load_s:
-                    copied = self._copied_s(new.worker, now) + new.load_s
-                    self._copied[new.worker] = (copied, now)
+                self.history.place(new)
+                self._workers.charge(new.worker, new.load_s, now)
                 touched.add(new.worker)
-                self.note("assigned", new.model, new.worker, new.reason)
         for retired in plan.retire:
             self.retire(retired)
         return touched
 
     def remember(self, plan: Plan) -> None:
         """Keeps what the next planning needs of this one, and its explanations."""
-        refused_before = {(no.model, no.refusal.reason) for no in self.last_plan.refused}
-        for no in plan.refused:
-            if (no.model, no.refusal.reason) not in refused_before:
-                self.note("refused", no.model, why=str(no.refusal))
-        if plan.wanted.workers != self.last_plan.wanted.workers:
-            why = "; ".join(plan.wanted.reasons)
-            self.note(f"{plan.wanted.workers} workers wanted", why=why)
+        self.history.compare(self.last_plan, plan)
         self.last_plan = plan
         self._low_since = dict(plan.low_since)
         self._fleet_since = plan.fleet_since
@@ -350,15 +348,13 @@ class Knowledge:
             self._copies[model] = self._copies.get(model, 0) + 1
         models[model] = binding
         self.version += 1
-        self._views.pop(worker, None)
-        self._rooms.pop(worker, None)
+        self._workers.reassigned(worker)
 
     def _drop(self, worker: str, model: ModelId) -> bool:
         if self.assigned.get(worker, {}).pop(model, None) is None:
             return False
         self.version += 1
-        self._views.pop(worker, None)
-        self._rooms.pop(worker, None)
+        self._workers.reassigned(worker)
         self._copies[model] -= 1
         if not self._copies[model]:
             del self._copies[model]
@@ -368,62 +364,41 @@ class Knowledge:
         """A report that is new."""
         worker = report.worker
         self.reported[worker] = news.models
+        self._consumers.take(worker, news)
         resized, seen = bool(news.gone), before is None or header(before) != header(report)
-        full = self._full.get(worker, set[ModelId]())
         for was, told in news.changed:
-            if was is None or was.bound != told.bound:
-                self._note_bound(worker, told.model, bound=told.bound)
             if was is None or was.footprint != told.footprint:
                 resized = True
                 self._learn_size(report, told)
-            if told.bound and told.saturated:
-                full.add(told.model)
-            else:
-                full.discard(told.model)
             if not seen:
-                seen = was is None or shown(was) != shown(told)
-        for was in news.gone:
-            self._note_bound(worker, was.model, bound=False)
-            full.discard(was.model)
-        if full:
-            self._full[worker] = full
-        else:
-            self._full.pop(worker, None)
+                seen = was is None or not shows_the_same(was, told)
         self._note_failures(report, now)
         if resized:
-            self._rooms.pop(worker, None)
-            self._shares.pop(worker, None)
-        if resized or seen:
-            self._views.pop(worker, None)
-
-    def _note_bound(self, worker: str, model: ModelId, *, bound: bool) -> None:
-        consumers = self.consumers.setdefault(model, [])
-        if bound and worker not in consumers:
-            consumers.append(worker)
-        elif not bound and worker in consumers:
-            consumers.remove(worker)
-        if not consumers:
-            del self.consumers[model]
+            self._workers.resized(worker)
+        elif seen:
+            self._workers.changed(worker)
 
     def _lose(self, worker: str) -> None:
         for model in list(self.assigned.get(worker, ())):
             self._drop(worker, model)
-        for model in self.reported.pop(worker, {}):
-            self._note_bound(worker, model, bound=False)
+        self._consumers.lose(worker, self.reported.pop(worker, {}))
         self.assigned.pop(worker, None)
         self.generations.pop(worker, None)
-        for kept in (self._copied, self._views, self._rooms,
-                     self._shares, self._full):  # fmt: skip
-            kept.pop(worker, None)
-        self._failures.forget(worker)
+        self._workers.forget(worker)
+        if self._failures.forget(worker):
+            for each in self.reports:
+                self._workers.changed(each)
         self.leaving.discard(worker)
         self.note("worker left", worker=worker, why="no report any more")
 
     def _note_failures(self, report: Report, now: float) -> None:
         worker = report.worker
+        if self._failures.note_suspects(report, now):
+            for each in self.reports:
+                self._workers.changed(each)
         wanted, generation = self.assigned.get(worker, {}), self.generations.get(worker, 0)
         if self._failures.note(report, wanted, generation, now):
-            self._views.pop(worker, None)
+            self._workers.changed(worker)
 
     def _learn_size(self, report: Report, told: ModelReport) -> None:
         """What one worker measured holds for others of its kind, also after it is gone."""
@@ -434,65 +409,3 @@ class Knowledge:
         if active.known.get(kind) != told.footprint:
             active.known[kind] = told.footprint
             self._measured.add(told.model)
-
-    def _resized(self, changed: set[ModelId]) -> None:
-        """These models may take another room than was thought, wherever they are."""
-        for worker, models in self.reported.items() if changed else ():
-            assigned = self.assigned.get(worker, {})
-            if not (changed.isdisjoint(models) and changed.isdisjoint(assigned)):
-                for kept in (self._views, self._rooms, self._shares):
-                    kept.pop(worker, None)
-
-    def _sharing(self, worker: str) -> bool:
-        """A worker that has models with common parts, and shares none, is not set to share."""
-        known = self._shares.get(worker)
-        if known is None:
-            known = self._shares[worker] = self._seems_to_share(worker)
-        return known
-
-    def _seems_to_share(self, worker: str) -> bool:
-        apart = False
-        for model, report in self.reported.get(worker, {}).items():
-            if report.footprint.shares:
-                return True
-            active = self.active.get(model)
-            common = active is not None and active.estimate is not None and active.estimate.shares
-            apart = apart or bool(common and report.footprint.weights_bytes)
-        return not apart
-
-    def _copied_s(self, worker: str, now: float) -> float:
-        seconds, at = self._copied.get(worker, (0.0, now))
-        left = seconds * math.exp(-(now - at) / self.policy.load_window_s)
-        if left < _NEGLIGIBLE_S:
-            self._copied.pop(worker, None)
-            return 0.0
-        return left
-
-    def _worker_view(self, worker: str, report: Report, models: Models, now: float) -> WorkerView:
-        down_long = self._failures.engine_down_long(worker, now)
-        leaving = worker in self.leaving
-        reported = self.reported.get(worker, {})
-        room = self._rooms.get(worker)
-        if room is not None:
-            room.follow(reported)  # it tells the same sizes, or the room would be gone
-        seen = WorkerView(
-            worker=worker,
-            device_kind=report.device_kind,
-            budget_bytes=report.budget_bytes if report.engine_up else 0,
-            host_bytes=report.host_budget_bytes if report.engine_up else 0,
-            takes_new=report.engine_up and not report.draining and not leaving,
-            serves=not (report.draining or down_long or leaving),
-            leaving=leaving,
-            # As it was for the room, while that holds.
-            assigned=dict(self.assigned.get(worker, {})) if room is None else room.assigned,
-            reported=reported,
-            shares=self._sharing(worker),
-            failed=self._failures.of(worker),
-            labels={"worker": worker, "device_kind": report.device_kind, **report.labels},
-            slowness=self.tracker.slowness(worker),
-            room=room,
-        )
-        if room is None:
-            room = self._rooms[worker] = Room(seen, models, models.columns.row)
-            seen = msgspec.structs.replace(seen, room=room)
-        return seen

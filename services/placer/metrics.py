@@ -3,11 +3,14 @@ registry; a model that is not active any more has no series."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from services.placer.knowledge import Knowledge
+from shared.nvmetrics import Failures, family, labels_of
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
@@ -56,9 +59,12 @@ class Metrics:
         self.workers = gauge("roost_placer_workers", "Workers that report.")
         self.leading = gauge("roost_placer_leading", "1 while this placer holds the lease.")
         self.active = gauge("roost_placer_active_models", "Models that have a queue.")
-        self.bindings: Callable[[], Iterable[tuple[str, int]]] = tuple
-        """Workers assigned by active model; asked when somebody scrapes, not in every cycle."""
-        self.registry.register(_Bindings(self))
+        self.knowledge: Knowledge | None = None
+        """Of the term; looked at when somebody scrapes, not in every cycle."""
+        self.registry.register(_Known(self))
+        self.failures = Failures()
+        """Under Triton's names: requests that the placer answered with an error."""
+        self.registry.register(self.failures)
         self.refusals = counter(
             "roost_placer_refusals", "Copies that could not be placed, by kind of reason.", "reason"
         )
@@ -72,14 +78,51 @@ class Metrics:
         self.malformed = counter("roost_placer_malformed", "Unrouted messages dead-lettered.")
 
 
-class _Bindings(Collector):
+class _Known(Collector):
+    """By model and by worker, what the placer goes by. What is gone has no series."""
+
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily(
-            "roost_bindings", "Workers assigned, by active model.", labels=("model",)
-        )
-        for model, copies in self._metrics.bindings():
-            family.add_metric((model,), copies)
-        yield family
+    def collect(self) -> Iterator[Metric]:
+        knowledge = self._metrics.knowledge
+        if knowledge is not None:
+            yield from _of_models(knowledge)
+            yield from _of_workers(knowledge)
+
+
+def _of_models(knowledge: Knowledge) -> tuple[Metric, ...]:
+    bindings = family("roost_bindings", "Workers assigned, by active model.")
+    depth = family("roost_queue_requests", "Requests that wait in the model's queue, as last seen.")
+    age = family(
+        "roost_queue_waiting_seconds",
+        "For how long something has been seen waiting in it at every look.",
+    )
+    # A scrape has a thread of its own: copies, since the event loop goes on meanwhile.
+    for model, copies in knowledge.bindings():
+        labels, active = labels_of(model), knowledge.active.get(model)
+        if active is None:
+            continue
+        sinces = [at for at in (active.backlog_since, active.waiting_at) if at is not None]
+        waits = max(knowledge.clock() - min(sinces), 0.0) if sinces else 0.0
+        bindings.add_sample(bindings.name, labels, copies)
+        depth.add_sample(depth.name, labels, active.depth)
+        age.add_sample(age.name, labels, waits)
+    return bindings, depth, age
+
+
+def _of_workers(knowledge: Knowledge) -> tuple[Metric, ...]:
+    assigned = family("roost_placer_worker_models", "Models assigned to the worker.")
+    size = family("roost_placer_worker_bytes", "What its models take, by the worker's own sum.")
+    limit = family("roost_placer_worker_budget_bytes", "What they may take.")
+    for worker, report in list(knowledge.reports.items()):
+        labels = {"worker": worker}
+        models = len(knowledge.assigned.get(worker, ()))
+        assigned.add_sample(assigned.name, labels, models)
+        for tier, used, budget in (
+            ("device", report.used_bytes, report.budget_bytes),
+            ("host", report.host_used_bytes, report.host_budget_bytes),
+        ):
+            size.add_sample(size.name, {**labels, "tier": tier}, used)
+            limit.add_sample(limit.name, {**labels, "tier": tier}, budget)
+    return assigned, size, limit

@@ -48,8 +48,9 @@ class Observer:
         return await self._store.epoch()
 
     async def depths(self, knowledge: Knowledge) -> dict[ModelId, int]:
-        """What waits in queues of which only the broker knows, the most urgent of them. What
-        could not be asked is left out."""
+        """Requests that wait in queues of which only the broker knows, the most urgent of them:
+        by its count of messages and what those hold on average. What could not be asked is left
+        out."""
         found: dict[ModelId, int] = {}
         if not self._broker.connected:
             return found
@@ -60,7 +61,10 @@ class Observer:
         async with asyncio.TaskGroup() as group:
             for model in asked:
                 group.create_task(self._depth(model, found))
-        return found
+        return {
+            model: round(messages * knowledge.requests_per_message(model))
+            for model, messages in found.items()
+        }
 
     async def depth(self, model: ModelId) -> int | None:
         """Ready messages; None when there is no such queue. Raises `BrokerUnavailable`."""

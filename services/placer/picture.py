@@ -30,12 +30,13 @@ class Active:
     """One active model."""
 
     __slots__ = (
-        "_estimate", "_known", "_manifest", "backlog_since", "base", "bound_keys", "declared",
-        "depth", "looked_into", "routed_at", "waiting_at",
+        "_estimate", "_known", "_least_copies", "_manifest", "backlog_since", "base", "bound_keys",
+        "declared", "depth", "looked_into", "requests_per_message", "routed_at", "waiting_at",
     )  # fmt: skip
 
     def __init__(self, manifest: Manifest | None) -> None:
         self._manifest = manifest
+        self._least_copies = 0
         self.declared = False
         """Whether its queue was declared by this placer."""
         self._known: dict[str, Footprint] = {}
@@ -43,6 +44,8 @@ class Active:
         self.looked_into = False
         """Whether it was asked."""
         self.depth = 0
+        """Requests that wait in its queue, by what its messages hold on average."""
+        self.requests_per_message = 1.0
         self.backlog_since: float | None = None
         """Since when something has been seen waiting in its queue at every look."""
         self.waiting_at: float | None = None
@@ -66,6 +69,15 @@ class Active:
         self._manifest, self.base = manifest, None
 
     @property
+    def least_copies(self) -> int:
+        """It is to have so many, whatever its manifest says."""
+        return self._least_copies
+
+    @least_copies.setter
+    def least_copies(self, copies: int) -> None:
+        self._least_copies, self.base = copies, None
+
+    @property
     def known(self) -> dict[str, Footprint]:
         """Measured footprints by kind of device."""
         return self._known
@@ -84,15 +96,20 @@ class Active:
         self._estimate, self.base = estimate, None
 
     def view(self, model: ModelId, *, default: bool) -> ModelView:
-        """`default`: this version is what the model's name means."""
+        """`default`: this version is what the model's name, or an alias, means."""
         manifest = self._manifest
         if manifest is None:
-            return ModelView(model=model, known=self._known, target_s=_DEFAULT_TARGET_S)
+            return ModelView(
+                model=model,
+                min_copies=self._least_copies,
+                known=self._known,
+                target_s=_DEFAULT_TARGET_S,
+            )
         return ModelView(
             model=model,
             size_bytes=manifest.size_bytes,
-            # An older version is not kept warm: the default one is what most clients mean.
-            min_copies=manifest.min_copies if default else 0,
+            # A version that only its number leads to is not kept warm: few clients mean it.
+            min_copies=max(manifest.min_copies if default else 0, self._least_copies),
             max_copies=manifest.max_copies,
             stateful=manifest.stateful,
             priority=manifest.priority,

@@ -4,15 +4,19 @@ what is to have copies at all times gets them."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Callable
 
 import structlog
 
 from services.placer.activate import Activator
+from services.placer.aliases import AliasKeeper
 from services.placer.core.plan import Retire
 from services.placer.knowledge import Knowledge
+from shared.aliases import DEFAULT
 from shared.catalog import Catalog
-from shared.errors import Internal, ModelNotFound, RoostError
+from shared.errors import Internal, ModelNotFound, Quarantined, RoostError
 from shared.models import Manifest
 from shared.names import ModelId, split_model_id
 from shared.store.port import TOPIC_REGISTRY, Store
@@ -32,14 +36,18 @@ class RegistryFollower:
         catalog: Catalog,
         knowledge: Knowledge,
         activator: Activator,
+        aliases: AliasKeeper,
         check_s: float,
     ) -> None:
         self._store = store
         self._catalog = catalog
         self._knowledge = knowledge
         self._activator = activator
+        self._aliases = aliases
         self._check_s = check_s
         self._hinted = asyncio.Event()
+        self.listed: Callable[[set[ModelId]], None] = lambda _: None
+        """Told of all registered versions, whenever they were listed."""
 
     async def run(self) -> None:
         """For ever."""
@@ -70,13 +78,15 @@ class RegistryFollower:
     async def check_active(self) -> None:
         """What is active, and what of it is the default version of its name. Raises `Unavailable`
         when the registry is away."""
-        registered, newest_of = await self._all_at_once()
+        await self._aliases.follow()
+        registered, default_of = await self._all_at_once()
         for model in list(self._knowledge.active):
             name, version = split_model_id(model)
             try:
                 manifest = registered.get(model) or await self._catalog.get(name, version)
-                newest = newest_of.get(name) or await self._catalog.get(name)
-            except ModelNotFound as error:
+                default = default_of.get(name) or await self._catalog.get(name)
+                await self._catalog.check_runnable(model)
+            except (ModelNotFound, Quarantined) as error:
                 self._let_go(model, error)
                 continue
             except Internal as error:
@@ -89,34 +99,47 @@ class RegistryFollower:
             if active is not None:  # of an earlier placer's, what was not activated here
                 await self._activator.look_into(active)
             # The cycle moves the key `<name>`: away from the old version's queue first.
-            if self._knowledge.defaults.get(name) != newest.version:
-                self._knowledge.defaults[name] = newest.version
-                self._knowledge.note("default version", newest.id)
+            if self._knowledge.defaults.get(name) != default.version:
+                self._knowledge.defaults[name] = default.version
+                self._knowledge.note("default version", default.id)
         names = {split_model_id(model)[0] for model in self._knowledge.active}
         for name in self._knowledge.defaults.keys() - names:
             del self._knowledge.defaults[name]
 
     async def keep_minimum(self) -> None:
-        """Activates the default versions that are to have copies at all times."""
-        newest = {manifest.name: manifest for manifest in await self._catalog.ids()}
-        for manifest in newest.values():
-            if manifest.min_copies and manifest.id not in self._knowledge.active:
+        """Activates versions that are to have copies at all times, as long as their model's name
+        or an alias leads to them."""
+        manifests = await self._catalog.ids()
+        self.listed({manifest.id for manifest in manifests})
+        defaults = await self._defaults(manifests)
+        quarantined = await self._catalog.quarantined()
+        for manifest in manifests:
+            model, default = manifest.id, defaults[manifest.name]
+            meant = model == default.id or self._knowledge.names.mean(model)
+            idle = model not in self._knowledge.active and model not in quarantined
+            if meant and manifest.min_copies and idle:
                 try:
                     await self._activator.activate(manifest, why="min_copies")
                 except RoostError as error:
-                    log.warning("minimum_not_kept", model=manifest.id, error=str(error))
+                    log.warning("minimum_not_kept", model=model, error=str(error))
 
     async def _all_at_once(self) -> tuple[dict[ModelId, Manifest], dict[str, Manifest]]:
-        """Every version, and the newest of every name, where one pass over the registry is
+        """Every version, and the default one of every name, where one pass over the registry is
         cheaper than a question for each active model."""
         if len(self._knowledge.active) <= _ONE_BY_ONE:
             return {}, {}
         manifests = await self._catalog.ids()
-        return (
-            {manifest.id: manifest for manifest in manifests},
-            {manifest.name: manifest for manifest in manifests},
-        )
+        return {manifest.id: manifest for manifest in manifests}, await self._defaults(manifests)
 
-    def _let_go(self, model: ModelId, error: ModelNotFound) -> None:
-        log.info("model_removed", model=model)
+    async def _defaults(self, manifests: list[Manifest]) -> dict[str, Manifest]:
+        """Of all versions, sorted, those that their model's bare name means."""
+        found = {manifest.name: manifest for manifest in manifests}
+        for name, known in (await self._catalog.all_aliases()).items():
+            if name in found and known.split_of(DEFAULT) is not None:
+                with contextlib.suppress(ModelNotFound):  # on a bucket it may have gone unseen
+                    found[name] = await self._catalog.get(name)
+        return found
+
+    def _let_go(self, model: ModelId, error: ModelNotFound | Quarantined) -> None:
+        log.info("model_let_go", model=model, why=error.message)
         self._knowledge.retire(Retire(model, error.message, code=error.code))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import msgspec
 import structlog
 
 from services.placer.metrics import Metrics
-from shared import names, v2
+from shared import names, packs, v2
 from shared.broker.port import Broker, Delivery, Message, Unroutable
 from shared.errors import STATUS, DeadlineExceeded, RoostError
 
@@ -35,29 +36,42 @@ def error_reply(request: Message, error: RoostError) -> Message:
 
 
 async def answer(broker: Broker, delivery: Delivery, error: RoostError, metrics: Metrics) -> None:
-    """Answers the request with `error` and acknowledges it; one that names no queue to which
-    it may be answered becomes a dead letter. Raises `BrokerUnavailable`, `PublishUncertain`:
-    then it is neither."""
+    """Answers the request with `error` and acknowledges it; of a pack every member. One that
+    names no queue to which it may be answered becomes a dead letter, and so does what only calls
+    itself a pack. Raises `BrokerUnavailable`, `PublishUncertain`: then it is neither."""
     request = delivery.message
     if not request.reply_to or not names.reply_to_allowed(request.reply_to):
         said = "no reply_to" if not request.reply_to else "reply_to is not a reply queue"
         await delivery.dead_letter(f"{said}; {error.code}: {error.message}")
         metrics.malformed.inc()
         return
+    try:
+        requests = packs.members(request) if packs.is_pack(request) else [request]
+    except packs.BadPack as bad:
+        await delivery.dead_letter(f"malformed pack: {bad}; {error.code}: {error.message}")
+        metrics.malformed.inc()
+        return
     direct = request.reply_to.startswith(names.DIRECT_REPLY_PREFIX)
     try:
-        # RabbitMQ before 4.2 returns mandatory direct replies although it delivers them.
-        await broker.publish(
-            "", request.reply_to, error_reply(request, error), mandatory=not direct
-        )
+        for reply in _error_replies(requests, error):
+            # RabbitMQ before 4.2 returns mandatory direct replies although it delivers them.
+            await broker.publish("", request.reply_to, reply, mandatory=not direct)
     except Unroutable:
         log.info("reply_queue_gone", reply_to=request.reply_to, code=error.code)
     except RoostError as refused:
         if refused.code != "resource_exhausted":
             raise
         log.warning("reply_queue_full", reply_to=request.reply_to, code=error.code)
-    metrics.answered.labels(error.code).inc()
+    metrics.answered.labels(error.code).inc(len(requests))
     await delivery.ack()
+
+
+def _error_replies(requests: Sequence[Message], error: RoostError) -> list[Message]:
+    """To all of them; in one message if the asker reads such."""
+    replies = [error_reply(request, error) for request in requests]
+    if all(request.headers.get(names.HEADER_PACKS) is True for request in requests):
+        return [packs.pack(replies)]
+    return replies
 
 
 def deadline_ms(message: Message) -> int | None:

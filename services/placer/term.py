@@ -9,6 +9,7 @@ from pathlib import Path
 import structlog
 
 from services.placer.activate import Activator
+from services.placer.aliases import AliasKeeper
 from services.placer.apply import Applier
 from services.placer.config import PlacerConfig
 from services.placer.core.wanted import LetGo, cheapest_to_let_go
@@ -28,6 +29,7 @@ from shared.names import UNROUTED
 from shared.repository import Repository
 from shared.store.port import Store, StoreUnavailable
 from shared.supervise import Backoff, guard
+from shared.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +47,7 @@ class Term:
         catalog: Catalog,
         scale: Scale,
         metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self.knowledge = Knowledge(config.policy())
         self._config = config
@@ -83,11 +86,20 @@ class Term:
             self._recorder,
         )
         self._activator = Activator(
-            broker, catalog, repository, self.knowledge, self._applier, metrics
+            broker, catalog, repository, self.knowledge, self._applier, metrics, tracing
+        )
+        self._aliases = AliasKeeper(
+            store, repository, catalog, self.knowledge, self._activator, self._recovery, lease
         )
         self._registry = RegistryFollower(
-            store, catalog, self.knowledge, self._activator, config.registry_check_s
+            store,
+            catalog,
+            self.knowledge,
+            self._activator,
+            self._aliases,
+            config.registry_check_s,
         )
+        self._registry.listed = metrics.failures.keep
         self._handling: set[asyncio.Task[None]] = set()
         self._consumer: Consumer | None = None
 
@@ -101,6 +113,7 @@ class Term:
                     (self._cycle.listen, "worker hints"),
                     (self._registry.run, "registry"),
                     (self._registry.listen, "registry hints"),
+                    (self._aliases.run, "aliases"),
                     (self._take_unrouted, "unrouted"),
                     (self._find_queues, "find queues"),
                 ):

@@ -29,6 +29,7 @@ from services.worker.core.events import (
     ForgetModel,
     GiveBack,
     ItemSettled,
+    KeepDeath,
     KeepProfile,
     KillEngine,
     LoadModel,
@@ -40,11 +41,13 @@ from services.worker.core.events import (
     TellPlacer,
 )
 from services.worker.core.worker import WorkerCore
+from services.worker.deaths import Deaths
 from services.worker.items import Items
 from services.worker.metrics import Metrics
 from services.worker.reply import Replier
 from services.worker.report import Reporter
 from services.worker.runtime import Runtime
+from services.worker.spans import Spans
 from services.worker.threads import in_thread
 from shared.errors import InvalidRequest, RoostError
 from shared.layout import Extent, Layout
@@ -72,11 +75,12 @@ class Agent:
     runtime: Runtime
     replier: Replier
     reporter: Reporter
+    deaths: Deaths
 
     def __init__(
         self, core: WorkerCore, repository: Repository, cache_dir: str, metrics: Metrics
     ) -> None:
-        """The four parts above need `tell` and are set by who puts the worker together."""
+        """The five parts above need `tell` and are set by who puts the worker together."""
         self.core = core
         self.items = Items()
         self.emptied = asyncio.Event()
@@ -90,6 +94,8 @@ class Agent:
         self._specs: dict[ModelId, ModelSpec] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._fetching = asyncio.Semaphore(_FETCHING_AT_ONCE)
+        self.spans: Spans | None = None
+        """Where traces are on."""
         self._batches: dict[int, RunBatch] = {}
         """In the engine now; for the logs alone."""
 
@@ -154,7 +160,9 @@ class Agent:
         match fact:
             case wire.BatchRan():
                 self._metrics.compute_seconds.observe(fact.compute_s)
-                self._batches.pop(fact.batch, None)
+                order = self._batches.pop(fact.batch, None)
+                if order is not None:
+                    self._metrics.inferences.ran(order.model)
             case wire.BatchFailed():
                 self._batch_failed(fact)
             case wire.ModelLoaded():
@@ -189,6 +197,7 @@ class Agent:
             self._specs[fact.model] = msgspec.structs.replace(known, inputs=fact.inputs)
         self._metrics.loads.labels("ok").inc()
         self._metrics.load_seconds.labels(fact.source, fact.tier).observe(fact.load_seconds)
+        self._metrics.inferences.loaded(fact.model, fact.load_seconds)
         # A swap is nothing to tell of: there may be hundreds a second.
         log.log(
             logging.INFO if fact.source == "disk" else logging.DEBUG,
@@ -238,6 +247,10 @@ class Agent:
             case ForgetModel():
                 self._files.pop(action.model, None)
                 self._specs.pop(action.model, None)
+                self.consumers.forget(action.model)
+                self._metrics.gone(action.model)
+            case KeepDeath():
+                self._begin(self.deaths.keep(action), f"keep death {action.model}")
             case KeepProfile():
                 self._begin(self._keep(action.model, action.profile), f"keep {action.model}")
             case TellPlacer():
@@ -273,6 +286,9 @@ class Agent:
             for item in action.items:
                 self.replier.refuse(self.items[item], fault)
             return
+        if self.spans is not None:
+            ran = [self.items[item] for item in action.items]
+            self.spans.ran(ran, rows, compute_s=action.compute_s)
         for item, part in zip(action.items, parts, strict=True):
             held = self.items[item]
             queue_s = max(now - action.compute_s - held.item.arrived, 0.0)
@@ -289,7 +305,9 @@ class Agent:
             extents = self._repository.local_extents(manifest.digest, self._cache_dir)
             layout = self._repository.layout(manifest.digest, self._cache_dir)
             profile = self._repository.profile(model, device_kind)
-            return ModelFetched(model, manifest, profile, layout), _File(extents, layout)
+            held = self._repository.quarantined().get(model)
+            reason = None if held is None else held.reason
+            return ModelFetched(model, manifest, profile, layout, reason), _File(extents, layout)
 
         try:
             async with self._fetching:

@@ -17,6 +17,7 @@ from services.worker.config import WorkerConfig, parse_labels
 from services.worker.consume import Consumers
 from services.worker.core.events import EngineStarted
 from services.worker.core.worker import WorkerCore
+from services.worker.deaths import Deaths
 from services.worker.follow import Follower
 from services.worker.hangups import Hangups
 from services.worker.hostmemory import available_bytes
@@ -26,6 +27,7 @@ from services.worker.metrics import Metrics
 from services.worker.reply import Replier
 from services.worker.report import Reporter
 from services.worker.runtime import Runtime
+from services.worker.spans import Spans
 from services.worker.telling import Teller
 from shared.broker.port import Broker
 from shared.connect import open_broker, open_store
@@ -34,6 +36,7 @@ from shared.errors import RoostError
 from shared.repository import Repository
 from shared.store.port import Store, StoreUnavailable
 from shared.supervise import guard
+from shared.tracing import Tracing, open_tracing
 from shared.units import parse_bytes
 
 log = structlog.get_logger(__name__)
@@ -50,9 +53,10 @@ async def run(
     store: Store | None = None,
     on_ready: Callable[[str], None] | None = None,
     launch: Launch | None = None,
+    tracing: Tracing | None = None,
 ) -> None:
     """Serves models until `stop` is set or the placer lets the worker go, then finishes what
-    runs, gives the rest back, returns.
+    runs, gives the rest back, sets `stop` if it was the placer, returns.
 
     `on_ready` gets the worker's id once a report with a running engine is out. Broker and
     store are opened from the configuration unless handed in, and are started and closed here
@@ -78,6 +82,11 @@ async def run(
         load_timeout_s=config.load_timeout_s,
     )
     agent = Agent(core, repository, config.cache, metrics)
+    metrics.hung_up = agent.items.cancelled.__contains__
+    tracing = tracing or open_tracing(on=config.tracing, service="worker", instance=worker)
+    spans = None if tracing is None else Spans(tracing)
+    if spans is not None:
+        agent.spans, agent.items.received = spans, spans.received
     readiness = Readiness(broker, config.report_ttl_s)
     teller = Teller(core, worker, uuid.uuid4().hex, budget, metrics, on_ready)
     teller.host_budget_bytes = host_bytes
@@ -90,6 +99,7 @@ async def run(
             given = max(budget - started.base_bytes, 1)
         teller.meter = devices.Meter(device, started.device_uuid, pid, started.base_bytes)
         teller.started, teller.budget_bytes = started, given
+        metrics.machine.uuid = started.device_uuid if device != "cpu" else ""
         log.info(
             "engine_started",
             engine=pid,
@@ -123,8 +133,12 @@ async def run(
         outbox_bytes=parse_bytes(config.outbox_bytes),
     )
     teller.memory = lambda: agent.runtime.memory
-    agent.replier = Replier(broker, agent.settled, metrics, timeout_s=config.publish_timeout_s)
-    agent.consumers = Consumers(broker, agent.items, agent.spec_of, agent.tell)
+    agent.replier = Replier(
+        broker, agent.settled, metrics, timeout_s=config.publish_timeout_s, spans=spans
+    )
+    agent.deaths = Deaths(repository, store, worker, agent.tell)
+    agent.consumers = Consumers(broker, agent.items, agent.spec_of, agent.tell, metrics)
+    teller.window = agent.consumers.window
     follower = Follower(store, worker, agent.tell)
     hangups = Hangups(store, agent.items, agent.tell)
     log.info("worker_starting", worker=worker, device=device, budget_bytes=budget)
@@ -161,7 +175,12 @@ async def run(
     finally:
         await broker.close()
         await store.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         log.info("worker_stopped", worker=worker)
+    # Let go is asked to end: whoever restarts what fails (status 1) must not start it again. Not
+    # earlier: a signal after the first one kills.
+    stop.set()
 
 
 async def _asked_to_end(stop: asyncio.Event, agent: Agent) -> None:

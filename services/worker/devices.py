@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -50,6 +50,45 @@ def count() -> int:
         if nvml is not None:
             return max(int(nvml.nvmlDeviceGetCount()), 1)
     return 1
+
+
+class GpuMeasured(NamedTuple):
+    """What NVML says of a GPU now; None for what it does not tell of this one."""
+
+    utilization: float | None = None
+    """Share of the last moments in which anything ran on it."""
+    total_bytes: int | None = None
+    used_bytes: int | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    energy_j: float | None = None
+    """Since its driver was loaded."""
+
+
+def measure_gpu(
+    uuid: str, nvml: Callable[[], AbstractContextManager[Any]] | None = None
+) -> GpuMeasured:
+    """Of the GPU with this UUID. Some milliseconds; not for the event loop."""
+
+    def ask(question: Callable[[Any, Any], float]) -> float | None:
+        with contextlib.suppress(ConfigError), (nvml or _nvml)() as library:
+            if library is not None:
+                try:
+                    return question(library, library.nvmlDeviceGetHandleByUUID(uuid))
+                except library.NVMLError:
+                    return None  # not of this kind of GPU: nothing to warn of at each scrape
+        return None
+
+    total = ask(lambda library, gpu: library.nvmlDeviceGetMemoryInfo(gpu).total)
+    used = ask(lambda library, gpu: library.nvmlDeviceGetMemoryInfo(gpu).used)
+    return GpuMeasured(
+        utilization=ask(lambda library, gpu: library.nvmlDeviceGetUtilizationRates(gpu).gpu / 100),
+        total_bytes=None if total is None else int(total),
+        used_bytes=None if used is None else int(used),
+        power_w=ask(lambda library, gpu: library.nvmlDeviceGetPowerUsage(gpu) / 1e3),
+        power_limit_w=ask(lambda library, gpu: library.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3),
+        energy_j=ask(lambda library, gpu: library.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3),
+    )
 
 
 class Meter:

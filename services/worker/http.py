@@ -15,10 +15,11 @@ from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
 
 from shared.broker.port import Broker
 from shared.control import Report
+from shared.nvmetrics import encoder
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -61,7 +62,7 @@ def serving(
     """Serves `/metrics` and `/readyz` inside the block, on the port that it gives: another one
     than asked for where that is 0. Raises `OSError` if it cannot listen."""
     family = _Server6 if ":" in host else _Server
-    app = _app(make_wsgi_app(registry), readiness)
+    app = _app(registry, readiness)
     with make_server(host, port, app, family, _Handler) as server:
         thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
         thread.start()
@@ -72,10 +73,13 @@ def serving(
             thread.join()
 
 
-def _app(metrics: WSGIApplication, readiness: Readiness) -> WSGIApplication:
+def _app(registry: CollectorRegistry, readiness: Readiness) -> WSGIApplication:
     def app(environ: WSGIEnvironment, respond: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/readyz":
-            return metrics(environ, respond)
+            encode, content_type = encoder(environ.get("HTTP_ACCEPT", ""))
+            text = encode(registry)
+            respond("200 OK", [("Content-Type", content_type)])
+            return [text]
         missing = readiness.missing()
         said = f"waits for {' and '.join(missing)}" if missing else "ready"
         respond(

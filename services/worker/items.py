@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +20,7 @@ from shared.errors import InvalidRequest, RoostError
 from shared.models import ModelSpec, Padding
 from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId, reply_to_allowed
 from shared.tensors import Tensor
+from shared.tracing import Span
 from shared.v2 import (
     InferRequest,
     check_inputs,
@@ -46,6 +47,8 @@ class Held:
     request: InferRequest
     fault: Fault | None = None
     """What is wrong with it; told to the asker, where there is one, even when it is buried."""
+    span: Span | None = None
+    """Of its processing, where traces are on."""
 
 
 class Items:
@@ -54,6 +57,8 @@ class Items:
     def __init__(self) -> None:
         self.cancelled = CancelledRequests()
         """Told by the gateways; what is in it is refused on arrival."""
+        self.received: Callable[[Delivery, ModelId], Span] | None = None
+        """Begins a request's span, where traces are on."""
         self._held: dict[int, Held] = {}
         self._numbers: Iterator[int] = itertools.count(1)
 
@@ -125,7 +130,8 @@ class Items:
             priority=urgency,
             length=length,
         )
-        self._held[item.item] = Held(item, delivery, request, fault)
+        span = None if self.received is None else self.received(delivery, model)
+        self._held[item.item] = Held(item, delivery, request, fault, span)
         return ItemArrived(item, fault, unanswerable)
 
 

@@ -3,21 +3,59 @@ when Roost runs embedded."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Final, NamedTuple
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.worker.core.events import Item
+from services.worker.nvmetrics import MachineMetrics
+from shared.control import ModelReport
+from shared.names import ModelId
+from shared.nvmetrics import Inferences, labels_of, reason_of
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+_KEPT_S: Final = 300.0
+"""Series of a model that has left stay for so long: its last requests must be scraped."""
+
+
+class Waiting(NamedTuple):
+    """What waits for a batch of one model."""
+
+    requests: int
+    since: float
+    """Monotonic: when the oldest arrived."""
+
+
 class Metrics:
-    def __init__(self, worker: str) -> None:
+    """Counted on the event loop, read by the thread that answers a scrape."""
+
+    def __init__(self, worker: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = registry = CollectorRegistry()
+        self.inferences = Inferences()
+        self.hung_up: Callable[[str | None], bool] = lambda _: False
+        """Whether the client of the request with this correlation id has hung up."""
+        self._clock = clock
+        self._gone: dict[ModelId, float] = {}
+        """When each model left, of those that still have series."""
+        self._children: dict[tuple[ModelId, str], Counter] = {}
+        self._models = _Models(clock)
+        registry.register(self._models)
+        registry.register(self.inferences)
+        self.machine = MachineMetrics()
+        registry.register(self.machine)
         info = Gauge("roost_worker_info", "Who this is.", ["worker"], registry=registry)
         info.labels(worker).set(1)
         self.requests = Counter(
             "roost_worker_requests_total",
-            "Requests answered, by model and code.",
-            ["model", "code"],
+            "Requests answered, by model, version and code.",
+            ["model", "version", "code"],
             registry=registry,
         )
         self.late = Counter(
@@ -30,6 +68,18 @@ class Metrics:
             "Replies that did not arrive, by reason.",
             ["reason"],
             registry=registry,
+        )
+        self._taken = Histogram(
+            "roost_worker_message_requests",
+            "Requests in each message taken from a model's queue.",
+            registry=registry,
+            buckets=_ROWS,
+        )
+        self._replied = Histogram(
+            "roost_worker_reply_requests",
+            "Requests answered in each message to a reply queue.",
+            registry=registry,
+            buckets=_ROWS,
         )
         self.given_back = Counter(
             "roost_worker_given_back_total",
@@ -124,13 +174,114 @@ class Metrics:
             "roost_worker_models_ready", "Models on the device.", registry=registry
         )
 
-    def request(self, model: str, code: str, *, late: bool) -> None:
-        self.requests.labels(model, code).inc()
+    def taken(self, requests: int) -> None:
+        """A message with so many requests came."""
+        self._taken.observe(requests)
+
+    def replied(self, requests: int) -> None:
+        """So many are answered in one message."""
+        self._replied.observe(requests)
+
+    def answered(
+        self, item: Item, *, queue_s: float, compute_s: float, now: float, late: bool
+    ) -> None:
+        """A request ran, and its answer is about to be sent."""
+        self._count(item.model, "ok", late=late)
+        self.inferences.succeeded(
+            item.model,
+            item.rows,
+            request_s=now - item.arrived,
+            queue_s=queue_s,
+            infer_s=compute_s,
+        )
+
+    def refused(self, model: ModelId, code: str, correlation_id: str | None, *, late: bool) -> None:
+        """A request ended with an error."""
+        self._count(model, code, late=late)
+        reason = "CANCELED" if self.hung_up(correlation_id) else reason_of(code)
+        self.inferences.failed(model, reason)
+
+    def _count(self, model: ModelId, code: str, *, late: bool) -> None:
+        child = self._children.get((model, code))
+        if child is None:
+            # Looking a child up by its labels costs more than counting.
+            child = self.requests.labels(*model.split("/"), code)
+            self._children[model, code] = child
+        child.inc()
         if late:
             self.late.inc()
+
+    def gone(self, model: ModelId) -> None:
+        """The worker has nothing to do with it any more: in some minutes its series go."""
+        self._gone[model] = self._clock()
+
+    def seen(self, models: tuple[ModelReport, ...], waiting: Mapping[ModelId, Waiting]) -> None:
+        """What there is now, as the report tells it."""
+        self._models.reports, self._models.waiting = models, waiting
+        self.inferences.pending = {model: each.requests for model, each in waiting.items()}
+        if self._gone:
+            self._drop({report.model for report in models})
+
+    def _drop(self, here: Container[ModelId]) -> None:
+        """Series of models that left and did not come back."""
+        before = self._clock() - _KEPT_S
+        back = [model for model in self._gone if model in here]
+        old = [model for model, at in self._gone.items() if at <= before and model not in here]
+        for model in (*back, *old):
+            del self._gone[model]
+        for key in [key for key in self._children if key[0] in old]:
+            del self._children[key]
+            self.requests.remove(*key[0].split("/"), key[1])
+        self.inferences.forget(old)
 
     def device(self, budget: int, used: int, measured: int) -> None:
         self.budget_bytes.set(budget)
         self.used_bytes.set(used)
         self.measured_bytes.set(measured)
         self.difference_bytes.set(measured - used)
+
+
+class _Models(Collector):
+    """Gauges by model, made when somebody scrapes: a model that left has none."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.reports: tuple[ModelReport, ...] = ()
+        self.waiting: Mapping[ModelId, Waiting] = {}
+        self._clock = clock
+
+    def collect(self) -> Iterator[Metric]:
+        reports, waiting, now = self.reports, self.waiting, self._clock()
+        of = ("model", "version")
+        held = GaugeMetricFamily(
+            "roost_worker_held_requests", "Requests taken and not settled.", labels=of
+        )
+        count = GaugeMetricFamily(
+            "roost_worker_waiting_requests", "Of these, those that wait for a batch.", labels=of
+        )
+        age = GaugeMetricFamily(
+            "roost_worker_oldest_request_seconds",
+            "Since the oldest of those arrived at this worker; 0 when none waits.",
+            labels=of,
+        )
+        size = GaugeMetricFamily(
+            "roost_worker_model_bytes",
+            "Bytes of the weights, by the fastest tier that they are in.",
+            labels=(*of, "tier"),
+        )
+        busy = Metric(
+            "roost_worker_model_busy_seconds", "Device seconds spent on the model.", "counter"
+        )
+        for report in reports:
+            labels = labels_of(report.model)
+            waits = waiting.get(report.model)
+            for family, value in (
+                (held, report.held),
+                (count, waits.requests if waits else 0),
+                (age, max(now - waits.since, 0.0) if waits else 0.0),
+            ):
+                family.add_sample(family.name, labels, value)
+            size.add_sample(
+                size.name, {**labels, "tier": report.tier}, report.footprint.weights_bytes
+            )
+            busy.add_sample(f"{busy.name}_total", labels, report.busy_s)
+        yield from (held, count, age, size, busy)

@@ -4,6 +4,9 @@ What happens when publishing fails decides whether a request is lost. An asker w
 gone needs no answer (dropped, counted). While the broker takes nothing, or does not say whether
 it did, the answer is kept and sent again: askers match replies by id, and computing it once more
 would not help. Only when nobody waits any longer, or the worker stops, is the request given back.
+
+Answers of one turn of the event loop to one asker travel in one message, if the asker has said
+that it reads such (shared/packs.py).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import structlog
 from services.worker.core.events import Fault
 from services.worker.items import Held
 from services.worker.metrics import Metrics
+from services.worker.spans import Spans
+from shared import packs
 from shared.broker.port import Broker, HeaderValue, Message, QueueFull, Unroutable
 from shared.errors import STATUS, RoostError, TooLarge, Unavailable, from_code
 from shared.logs import bound
@@ -28,11 +33,11 @@ from shared.names import (
     HEADER_CODE,
     HEADER_COMPUTE_US,
     HEADER_LENGTH,
+    HEADER_PACKS,
     HEADER_QUEUE_US,
     HEADER_RETRYABLE,
     HEADER_STATUS,
     reply_to_allowed,
-    split_model_id,
 )
 from shared.supervise import Backoff
 from shared.tensors import Tensor
@@ -55,6 +60,7 @@ class Replier:
         *,
         timeout_s: float,
         patience_s: float = _PATIENCE_S,
+        spans: Spans | None = None,
     ) -> None:
         """`timeout_s`: for the broker to confirm one try. `patience_s`: for all of them."""
         self._broker = broker
@@ -62,9 +68,12 @@ class Replier:
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._patience_s = patience_s
+        self._spans = spans
         self._hurried = asyncio.Event()
         self._away = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._gathering: dict[str, _Answers] = {}
+        """By the queue they go to; until the loop's next turn."""
 
     # --- the four ends of an item ---------------------------------------------------------
 
@@ -78,7 +87,7 @@ class Replier:
         batch_rows: int,
     ) -> None:
         """The outputs are copied before this returns."""
-        name, version = split_model_id(held.item.model)
+        name, _, version = held.item.model.rpartition("/")  # checked when it was assigned
         request = held.request
         try:
             body, length = encode_response(name, version, request.id, outputs, request)
@@ -94,23 +103,35 @@ class Replier:
         }
         if length is not None:
             headers[HEADER_LENGTH] = length
-        self._metrics.request(name, "ok", late=_late(held))
-        self._begin(held, self._reply(held, body, headers))
+        self._metrics.answered(
+            held.item,
+            queue_s=queue_s,
+            compute_s=compute_s,
+            now=time.monotonic(),
+            late=_late(held),
+        )
+        self._send(held, body, headers)
 
     def refuse(self, held: Held, fault: Fault) -> None:
-        self._metrics.request(split_model_id(held.item.model)[0], fault.code, late=_late(held))
-        self._begin(held, self._reply(held, error_body(fault.message), _headers(fault)))
+        self._refused(held, fault.code, late=_late(held))
+        self._send(held, error_body(fault.message), _headers(fault))
 
     def give_back(self, held: Held) -> None:
-        self._begin(held, held.delivery.requeue())
+        self._begin([held], held.delivery.requeue())
 
     def bury(self, held: Held, reason: str, fault: Fault | None) -> None:
         """A dead letter first: if that fails, the message goes back, and nobody was told."""
         code = fault.code if fault else "dead_lettered"
-        self._metrics.request(split_model_id(held.item.model)[0], code, late=False)
+        self._refused(held, code, late=False)
         with _bound(held):
             log.warning("dead_lettered", reason=reason)
-        self._begin(held, self._bury(held, reason, fault))
+        self._begin([held], self._bury(held, reason, fault))
+
+    def _refused(self, held: Held, code: str, *, late: bool) -> None:
+        asked = held.delivery.message.correlation_id
+        self._metrics.refused(held.item.model, code, asked, late=late)
+        if held.span is not None:
+            held.span.fail(code, held.fault.message if held.fault else "")
 
     def hurry(self) -> None:
         """The worker stops: what cannot be sent now is for another one."""
@@ -123,40 +144,66 @@ class Replier:
 
     # --- how ------------------------------------------------------------------------------
 
-    def _begin(self, held: Held, sending: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._settle(held, sending), name=f"reply {held.item.item}")
+    def _send(self, held: Held, body: bytes, headers: dict[str, HeaderValue]) -> None:
+        asked = held.delivery.message
+        reply_to = asked.reply_to
+        assert reply_to is not None, "who cannot be answered is buried"
+        together = asked.headers.get(HEADER_PACKS) is True
+        answers = self._gathering.get(reply_to) if together else None
+        if answers is None or not answers.has_room(len(body)):
+            answers = _Answers(reply_to)
+            if together:
+                self._gathering[reply_to] = answers
+            self._begin(answers.held, self._reply(answers))
+        answers.add(held, _message(held, body, headers))
+
+    def _begin(self, held: list[Held], sending: Coroutine[Any, Any, None]) -> None:
+        """Begins in the loop's next turn: until then more may be added."""
+        task = asyncio.create_task(self._settle(held, sending), name="reply")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _settle(self, held: Held, sending: Coroutine[Any, Any, None]) -> None:
+    async def _settle(self, held: list[Held], sending: Coroutine[Any, Any, None]) -> None:
+        spans = [] if self._spans is None else [self._spans.replying(each) for each in held]
         try:
             await sending
         except RoostError as error:
-            self._metrics.reply_failures.labels(error.code).inc()
-            with _bound(held):
+            self._metrics.reply_failures.labels(error.code).inc(len(held))
+            with _bound(*held):
                 log.warning("reply_failed", error=str(error))
-            await held.delivery.requeue()
+            await _give_back(held)
         except Exception:
-            with _bound(held):
+            with _bound(*held):
                 log.exception("reply_failed")
-            await held.delivery.requeue()
+            await _give_back(held)
         finally:
-            self._settled(held.item.item)
+            for span in (*spans, *(each.span for each in held)):
+                if span is not None:
+                    span.end()
+            for each in held:
+                self._settled(each.item.item)
 
-    async def _reply(self, held: Held, body: bytes, headers: dict[str, HeaderValue]) -> None:
+    async def _reply(self, answers: _Answers) -> None:
+        if self._gathering.get(answers.reply_to) is answers:
+            del self._gathering[answers.reply_to]
+        held = answers.held
+        self._metrics.replied(len(held))
+        message = packs.pack(answers.messages)
         try:
-            await self._patiently(held, lambda: self._publish(held, body, headers))
+            await self._patiently(held, lambda: self._publish(answers.reply_to, message))
         except TooLarge as error:
-            await self._tell(held, Fault(error.code, str(error)))
+            for each in held:
+                await self._tell(each, Fault(error.code, str(error)))
         except (Unroutable, QueueFull) as error:
             # Nobody reads there any more: neither would the answer of a second run be read.
-            self._metrics.reply_failures.labels(type(error).__name__.lower()).inc()
-            with _bound(held):
+            self._metrics.reply_failures.labels(type(error).__name__.lower()).inc(len(held))
+            with _bound(*held):
                 log.info("reply_unwanted", error=str(error))
-        await held.delivery.ack()
+        for each in held:
+            await each.delivery.ack()
 
     async def _bury(self, held: Held, reason: str, fault: Fault | None) -> None:
-        await self._patiently(held, lambda: held.delivery.dead_letter(reason))
+        await self._patiently([held], lambda: held.delivery.dead_letter(reason))
         if fault is not None and reply_to_allowed(held.delivery.message.reply_to or ""):
             try:
                 await self._tell(held, fault)
@@ -165,16 +212,16 @@ class Replier:
                     log.info("reply_unwanted", error=str(error))
 
     async def _tell(self, held: Held, fault: Fault) -> None:
-        body, headers = error_body(fault.message), _headers(fault)
-        await self._patiently(held, lambda: self._publish(held, body, headers))
+        message = _message(held, error_body(fault.message), _headers(fault))
+        reply_to = held.delivery.message.reply_to or ""
+        await self._patiently([held], lambda: self._publish(reply_to, message))
 
-    async def _patiently(self, held: Held, send: Callable[[], Awaitable[None]]) -> None:
+    async def _patiently(self, held: list[Held], send: Callable[[], Awaitable[None]]) -> None:
         """Sends, again and again while the broker is away. Raises its `Unavailable` once there
-        is no point in waiting: until the deadline, or for `patience_s` when that is no help (a
-        request given back because its deadline passed comes back at once)."""
+        is no point in waiting: until the last deadline, or for `patience_s` when that is no help
+        (a request given back because its deadline passed comes back at once)."""
         began = time.monotonic()
-        deadline = held.item.deadline
-        until = deadline if deadline and deadline > began else began + self._patience_s
+        until = max(_until(each, began, self._patience_s) for each in held)
         backoff: Backoff | None = None
         while True:
             try:
@@ -198,31 +245,63 @@ class Replier:
             log.warning("replies_wait", error=str(error))
         self._away = True
 
-    async def _publish(self, held: Held, body: bytes, headers: dict[str, HeaderValue]) -> None:
-        asked = held.delivery.message
-        assert asked.reply_to is not None, "who cannot be answered is buried"
-        reply = Message(
-            body=body,
-            headers=headers,
-            correlation_id=asked.correlation_id,
-            content_type="application/json"
-            if HEADER_LENGTH not in headers
-            else "application/octet-stream",
-            persistent=False,
-        )
+    async def _publish(self, reply_to: str, reply: Message) -> None:
         await self._broker.publish(
             "",
-            asked.reply_to,
+            reply_to,
             reply,
             # A direct reply-to is no queue: the broker returns what it delivers there.
-            mandatory=not asked.reply_to.startswith(DIRECT_REPLY_PREFIX),
+            mandatory=not reply_to.startswith(DIRECT_REPLY_PREFIX),
             timeout_s=self._timeout_s,
         )
 
 
-def _bound(held: Held) -> contextlib.AbstractContextManager[None]:
-    """Names the request in what is logged inside. For the rare paths: it is not free."""
-    return bound(model=held.item.model, request_id=held.delivery.message.correlation_id)
+class _Answers:
+    """What goes to one asker in one message."""
+
+    __slots__ = ("_nbytes", "held", "messages", "reply_to")
+
+    def __init__(self, reply_to: str) -> None:
+        self.reply_to = reply_to
+        self.held: list[Held] = []
+        self.messages: list[Message] = []
+        self._nbytes = 0
+
+    def has_room(self, nbytes: int) -> bool:
+        return self._nbytes + nbytes <= packs.MAX_BYTES and len(self.held) < packs.MAX_MEMBERS
+
+    def add(self, held: Held, message: Message) -> None:
+        self.held.append(held)
+        self.messages.append(message)
+        self._nbytes += len(message.body)
+
+
+async def _give_back(held: list[Held]) -> None:
+    for each in held:
+        await each.delivery.requeue()
+
+
+def _until(held: Held, now: float, patience_s: float) -> float:
+    deadline = held.item.deadline
+    return deadline if deadline and deadline > now else now + patience_s
+
+
+def _message(held: Held, body: bytes, headers: dict[str, HeaderValue]) -> Message:
+    return Message(
+        body=body,
+        headers=headers,
+        correlation_id=held.delivery.message.correlation_id,
+        content_type="application/json"
+        if HEADER_LENGTH not in headers
+        else "application/octet-stream",
+        persistent=False,
+    )
+
+
+def _bound(*held: Held) -> contextlib.AbstractContextManager[None]:
+    """Names the requests in what is logged inside. For the rare paths: it is not free."""
+    ids = [each.delivery.message.correlation_id for each in held]
+    return bound(model=held[0].item.model, request_id=ids[0] if len(ids) == 1 else ids)
 
 
 def _headers(fault: Fault) -> dict[str, HeaderValue]:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import msgspec
 
 from services.worker import wire
+from services.worker.core.window import Window
 from services.worker.core.worker import WorkerCore
 from services.worker.devices import Meter
-from services.worker.metrics import Metrics
+from services.worker.metrics import Metrics, Waiting
 from shared.control import ModelReport, Report
+from shared.names import ModelId
 
 
 class Teller:
@@ -33,6 +35,8 @@ class Teller:
         """As configured; what every worker has is added."""
         self.memory: Callable[[], wire.MemoryMeasured | None] = lambda: None
         """What the engine last said of its memory."""
+        self.window: Callable[[ModelId], Window | None] = lambda _: None
+        """Of a model's messages."""
         self.meter: Meter | None = None
         self.started: wire.EngineStarted | None = None
         self._core = core
@@ -50,6 +54,7 @@ class Teller:
         measured = self.meter.models_bytes(told) if self.meter and state.engine_up else 0
         models = core.reports()
         self._count(models, used, measured, told)
+        self._metrics.seen(models, self._waiting())
         wall, now = time.time(), time.monotonic()
         kind = self.started.device_kind if self.started else ""
         own = {"worker": self._worker, "host": socket.gethostname(), "device_kind": kind}
@@ -71,7 +76,7 @@ class Teller:
             engine_up=state.engine_up,
             engine_restarts=core.engine_restarts,
             labels=self.labels | own,
-            models=tuple(_on_the_wall(model, wall - now) for model in models),
+            models=tuple(self._told(model, wall - now) for model in models),
         )
 
     def _count(
@@ -93,15 +98,28 @@ class Teller:
         metrics.models_ready.set(len(state.ready()))
         metrics.held_bytes.set(self._core.held_bytes)
 
+    def _waiting(self) -> dict[ModelId, Waiting]:
+        """By model, where anything waits for a batch."""
+        dispatch, waiting = self._core.dispatch, {}
+        for model in dispatch.models_waiting():
+            entries = dispatch.waiting(model)
+            waiting[model] = Waiting(len(entries), min(each.item.arrived for each in entries))
+        return waiting
+
     def sent(self, report: Report) -> None:
         """The store has it."""
         if report.engine_up and self._on_ready is not None:
             ready, self._on_ready = self._on_ready, None
             ready(self._worker)
 
-
-def _on_the_wall(model: ModelReport, offset_s: float) -> ModelReport:
-    """The core counts monotonic seconds; others can only read Unix time."""
-    if not model.last_used:
-        return model
-    return msgspec.structs.replace(model, last_used=model.last_used + offset_s)
+    def _told(self, model: ModelReport, offset_s: float) -> ModelReport:
+        """The core counts monotonic seconds, others can only read Unix time; and it counts
+        requests, where the broker counts messages."""
+        if model.last_used:
+            model = msgspec.structs.replace(model, last_used=model.last_used + offset_s)
+        window = self.window(model.model)
+        if window is None or not model.bound:
+            return model
+        return msgspec.structs.replace(
+            model, saturated=window.full(model.held), requests_per_message=window.mean
+        )

@@ -13,6 +13,7 @@ from typing import Final
 import structlog
 from aiormq.abc import DeliveredMessage
 from pamqp import commands as spec
+from pamqp.common import FieldValue
 
 from shared import names
 from shared.broker import channels, encode
@@ -163,6 +164,8 @@ class AmqpConsumer:
         self._channel: ConsumeChannel | None = None
         self._outbox: channels.Outbox | None = None
         self._tag = ""
+        self._changing = asyncio.Lock()
+        """Held by whoever asks the broker to begin or end a consumer on the channel."""
         self._lost = asyncio.Event()
         self._over = False
         self._task: asyncio.Task[None] | None = None
@@ -180,12 +183,26 @@ class AmqpConsumer:
         if self._over:
             return
         await self._end()
-        channel, tag = self._channel, self._tag
-        if channel is not None and not channel.retired and not channel.is_closed:
-            with suppress(RoostError):
-                # Failing means that the channel is closed: no deliveries either.
-                await asked(channel.basic_cancel(tag))
-            channel.sink = None
+        async with self._changing:
+            channel, tag = self._channel, self._tag
+            if channel is not None and not channel.retired and not channel.is_closed:
+                with suppress(RoostError):
+                    # Failing means that the channel is closed: no deliveries either.
+                    await asked(channel.basic_cancel(tag))
+                channel.sink = None
+
+    async def resize(self, prefetch: int) -> None:
+        """A prefetch counts for consumers that begin after it: another one begins on the same
+        channel, so that what is held stays valid, and then the old one ends."""
+        async with self._changing:
+            self._prefetch = prefetch
+            channel, old = self._channel, self._tag
+            if not self.active or channel is None or channel.retired or channel.is_closed:
+                return
+            # If one of these fails the channel is closed, and `_keep` subscribes again.
+            await asked(channel.basic_qos(prefetch_count=prefetch))
+            self._tag = await self._consume(channel)
+            await asked(channel.basic_cancel(old))
 
     async def close(self) -> None:
         if not self._over:
@@ -226,21 +243,23 @@ class AmqpConsumer:
             channel.closing.add_done_callback(lambda _: lost.set())
             # Inside this callback no request may be made: the channel's reader is calling.
             channel.on_consumer_cancel_callbacks.add(lambda _: lost.set())
-            tag = f"roost.{uuid.uuid4().hex}"
             try:
                 await asked(channel.basic_qos(prefetch_count=self._prefetch))
-                await asked(
-                    channel.basic_consume(
-                        self.queue,
-                        _unused,
-                        consumer_tag=tag,
-                        arguments={"x-priority": self._priority} if self._priority else None,
-                    )
-                )
+                tag = await self._consume(channel)
             except BaseException:
                 await channel.retire()
                 raise
             self._channel, self._outbox, self._tag, self._lost = channel, outbox, tag, lost
+
+    async def _consume(self, channel: ConsumeChannel) -> str:
+        tag = f"roost.{uuid.uuid4().hex}"
+        arguments: dict[str, FieldValue] | None = None
+        if self._priority:
+            arguments = {"x-priority": self._priority}
+        await asked(
+            channel.basic_consume(self.queue, _unused, consumer_tag=tag, arguments=arguments)
+        )
+        return tag
 
     async def _keep(self) -> None:
         attempt = 0

@@ -221,6 +221,11 @@ class MemoryConsumer:
         if queue is not None and self in queue.consumers:
             queue.consumers.remove(self)
 
+    async def resize(self, prefetch: int) -> None:
+        self._prefetch = prefetch
+        if self._source is not None:
+            self._server.pump_soon(self._source)
+
     async def cancel(self) -> None:
         self.over = True
         self.unsubscribe()

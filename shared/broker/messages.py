@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 import msgspec
@@ -33,11 +34,12 @@ def outgoing_headers(message: Message) -> dict[str, HeaderValue]:
 
 
 def dead_letter(message: Message, queue: str, routing_key: str, reason: str) -> Message:
-    """The message as it is laid into `names.DEAD`: never expiring, with the reason."""
+    """The message as it is laid into `names.DEAD`: never expiring, with when and why."""
     headers: dict[str, HeaderValue] = {
         **message.headers,
         names.HEADER_DEAD_REASON: reason[:_MAX_REASON],
         names.HEADER_DEAD_QUEUE: queue,
         names.HEADER_DEAD_ROUTING_KEY: routing_key,
+        names.HEADER_DEAD_AT: int(time.time() * 1000),
     }
     return msgspec.structs.replace(message, headers=headers, expiration_ms=None, persistent=True)

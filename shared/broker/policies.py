@@ -35,6 +35,8 @@ class Policy(msgspec.Struct, frozen=True):
 POLICIES: Final = (
     Policy("roost-models", "^" + re.escape(names.MODEL_QUEUE_PREFIX), 10_000, "reject-publish"),
     Policy("roost-unrouted", f"^{re.escape(names.UNROUTED)}$", 10_000, "reject-publish"),
+    # Ids of some sixty bytes; the requests lie in the registry's storage.
+    Policy("roost-jobs", "^" + re.escape(names.JOB_QUEUE_PREFIX), 100_000, "reject-publish"),
     # Evidence, not requests: the oldest goes, so that a flood of bad messages stops nobody.
     Policy("roost-dead", f"^{re.escape(names.DEAD)}$", 10_000, "drop-head"),
 )

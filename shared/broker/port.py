@@ -70,6 +70,11 @@ class Consumer(Protocol):
     def active(self) -> bool:
         """True while the broker has this consumer registered."""
 
+    async def resize(self, prefetch: int) -> None:
+        """Another prefetch from now on; on RabbitMQ what is held already does not count against
+        it. Without effect once the consumer is over. Raises `BrokerUnavailable`: then it counts
+        from the next connection."""
+
     async def cancel(self) -> None:
         """No further deliveries. What is held stays held and can still be acknowledged."""
 

@@ -48,7 +48,7 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
     """In elements."""
 
 
-class Share(msgspec.Struct, frozen=True, array_like=True):
+class Share(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A part of the weights that is kept once by all models of a device that have it too."""
 
     key: str

@@ -189,6 +189,28 @@ async def test_message_id_is_fresh_and_the_producers_is_kept(broker: Broker) -> 
     assert third.message.headers[names.HEADER_CLIENT_MESSAGE_ID] == "mine"
 
 
+async def test_a_prefetch_can_be_changed(broker: Broker) -> None:
+    """What is held stays held and can be acknowledged; more comes, or less, from then on."""
+    inbox = Inbox()
+    consumer = await broker.consume(QUEUE, inbox, prefetch=1)
+    for number in range(8):
+        await broker.publish("", QUEUE, Message(body=bytes([number])))
+    first = await inbox.next()
+    assert await broker.depth(QUEUE) == 7
+    await consumer.resize(4)
+    more = [await inbox.next() for _ in range(3)]
+    await first.ack()
+    fourth = await inbox.next()
+    assert [each.message.body[0] for each in (first, *more, fourth)] == [0, 1, 2, 3, 4]
+    assert consumer.active
+    await consumer.cancel()
+    for each in (*more, fourth):
+        await each.ack()
+    await consumer.resize(2)
+    await consumer.close()
+    assert await broker.depth(QUEUE) == 3
+
+
 async def test_bound_key_reaches_the_queue(broker: Broker) -> None:
     """A routing key of the infer exchange reaches the queue that is bound, twice or once."""
     await broker.bind(QUEUE, "bert")

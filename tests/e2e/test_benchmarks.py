@@ -53,7 +53,7 @@ def test_every_way_in_is_measured_against_the_bare_loop():
     figures = asyncio.run(overhead.measure("cpu", TINY, rounds=1, turn_s=1.0, seed=0))
     value = {figure.name: figure.value for figure in figures}
     assert all(figure.value == 0 for figure in figures if "failed" in figure.name), figures
-    for way in ("HTTP", "HTTP, two gateways", "AMQP"):
+    for way in ("HTTP", "HTTP, two gateways", "gRPC", "AMQP"):
         assert 0 < value[f"tiny: {way}: requests/s over the bare loop's"] < 1.5, figures
         assert value[f"tiny: {way}: requests/s"] > 0
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from roost.client import RoostClient
-from tests.e2e.running import Up
+from tests.e2e.running import Up, save_doubler
 from tests.e2e.steady import until
 
 SILERO = {
@@ -53,6 +53,21 @@ def test_ls_says_where_a_model_is(up):
     listing = up.roost("ls").stdout
     assert "doubler" in listing
     assert "on device of 1 worker" in listing
+
+
+def test_an_alias_leads_to_the_version_that_it_is_told_to(up, tmp_path):
+    """alias, then infer: each answer names the version that ran; the command ends when the new
+    one is loaded."""
+    up.roost("push", "renamed", str(save_doubler(tmp_path)))
+    _push_simple(up, tmp_path, "renamed")
+    given = "x:FP32:1,1=[[1.0]]"
+    for version in ("1", "2", "1"):
+        told = up.roost("alias", "renamed", "prod", version).stdout.splitlines()
+        assert told[-1] == f"prod  ->  version {version}"
+        answer = json.loads(up.roost("infer", "renamed", given, "--version", "prod").stdout)
+        assert (answer["model_version"], answer["outputs"][0]["data"]) == (version, [2])
+    assert up.roost("rm", "renamed", "--version", "1", check=False).returncode == 1
+    up.roost("rm", "renamed")
 
 
 def test_a_removed_model_is_gone(up, tmp_path):

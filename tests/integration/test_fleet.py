@@ -477,7 +477,9 @@ async def test_thousands_of_idle_models_cost_nothing_while_nobody_asks(rig):
 @contextlib.asynccontextmanager
 async def gateway(rig: Rig) -> AsyncIterator[str]:
     """One in this process; yields its URL."""
-    config = GatewayConfig(port=0, repository_url=str(rig.root), data_dir=str(rig.root / "gateway"))
+    config = GatewayConfig(
+        port=0, grpc_port=-1, repository_url=str(rig.root), data_dir=str(rig.root / "gateway")
+    )
     stop, port = asyncio.Event(), asyncio.get_running_loop().create_future()
     task = asyncio.create_task(
         run_gateway(

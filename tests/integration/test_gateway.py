@@ -72,7 +72,8 @@ async def test_a_request_is_answered(rig):
     assert names.reply_to_allowed(seen.message.reply_to)
     deadline_ms = seen.message.headers[names.HEADER_DEADLINE]
     assert 25_000 < deadline_ms - time.time() * 1000 <= 30_000
-    assert await rig.metric('roost_gateway_requests_total{code="ok",model="adder"}') == 1
+    line = 'roost_gateway_requests_total{code="ok",model="adder",version="1"}'
+    assert await rig.metric(line) == 1
 
 
 async def test_many_at_once_each_get_their_own_answer(rig):
@@ -145,7 +146,7 @@ async def test_a_client_that_hangs_up_frees_its_place(memory_rig):
     leaver.cancel()
 
     async def noticed():
-        line = 'roost_gateway_requests_total{code="client_closed",model="adder"}'
+        line = 'roost_gateway_requests_total{code="client_closed",model="adder",version="1"}'
         return await rig.metric(line) == 1
 
     await until(noticed)

@@ -150,13 +150,14 @@ async def test_nor_does_one_that_a_worker_holds(rig, tmp_path):
     async with working(rig, tmp_path) as engine:
         await assign(rig, model)
         engine.gate.clear()
-        asked = [asyncio.create_task(rig.infer(name="slow")) for _ in range(4)]
 
         def held():
-            models = rig.state.reports["w0"][1].models
-            return sum(each.held for each in models) == 4
+            return sum(each.held for each in rig.state.reports["w0"][1].models)
 
-        await until(held)
+        asked = [asyncio.create_task(rig.infer(name="slow"))]
+        await until(lambda: held() == 1)  # and it runs: what comes now has to wait
+        asked += [asyncio.create_task(rig.infer(name="slow")) for _ in range(3)]
+        await until(lambda: held() == 4)
         await asyncio.sleep(0.15)  # the watch begins after a tenth of a second
         asked[-1].cancel()
         await until(lambda: hung_up(rig))
@@ -207,7 +208,7 @@ async def test_without_a_store_a_hangup_is_still_noticed(rig):
     leaver = asyncio.create_task(rig.infer())
     await until(lambda: rig.worker.seen)
     leaver.cancel()
-    line = 'roost_gateway_requests_total{code="client_closed",model="adder"}'
+    line = 'roost_gateway_requests_total{code="client_closed",model="adder",version="1"}'
 
     async def noticed():
         return await rig.metric(line) == 1
@@ -250,7 +251,7 @@ async def test_answers_that_are_not_read_count_as_memory(tmp_path, monkeypatch):
 
         async def held():
             # The request's own bytes are given back before its answer is sent.
-            answered = 'roost_gateway_requests_total{code="ok",model="wide"}'
+            answered = 'roost_gateway_requests_total{code="ok",model="wide",version="1"}'
             return await rig.metric(answered) and await rig.metric("roost_gateway_held_bytes")
 
         await until(held)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import structlog.testing
 
+from services.placer.core.policy import Policy
 from shared import names
 from shared.broker.memory import MemoryBroker
 from shared.connect import open_broker, open_store
@@ -73,7 +74,7 @@ async def test_a_burst_of_first_requests_activates_once(rig):
     assert [{a.model for a in given.models} for given in worker.assignments].count({"bert/1"}) == 1
     metrics = (await placer.get("/metrics")).text
     assert "roost_placer_activations_total 1.0" in metrics
-    assert 'roost_bindings{model="bert/1"} 1.0' in metrics
+    assert 'roost_bindings{model="bert",version="1"} 1.0' in metrics
 
 
 async def test_unknown_and_wrong_names_are_answered(rig):
@@ -222,6 +223,49 @@ async def test_a_dead_workers_models_go_to_another(rig):
     await first.die()
     assert (await rig.reply(request)).body == b"bert/1"
     assert second.bound == {"bert/1"}
+
+
+async def test_a_hung_workers_models_are_served_before_it_is_given_up(rig):
+    """It consumes still, and its report has not ended: what is asked of it has another copy by
+    then, and what it holds is its own until it is gone."""
+    rig.register("bert")
+    hung = await rig.start_worker("w1")
+    placer = await rig.start_placer()
+    await rig.ask("bert")
+    second = await rig.start_worker("w2")
+    await until_workers(placer, 2)
+    hung.answering = False
+    request = await rig.send("bert")
+    await until(lambda: hung.held.get(ModelId("bert/1")))
+    await hung.hang()
+    await until(lambda: second.bound == {"bert/1"})
+    assert hung.bound == {"bert/1"}
+    fleet = (await placer.get("/fleet")).json()["workers"]
+    assert {each["worker"]: each["stalled"] for each in fleet} == {"w1": True, "w2": False}
+    await hung.die()
+    assert (await rig.reply(request)).body == b"bert/1"
+
+
+async def test_what_is_asked_of_a_dead_engine_is_served_elsewhere_at_once(rig):
+    """The worker says so itself, and keeps what it is assigned: its engine will be back."""
+    rig.register("bert")
+    first = await rig.start_worker("w1")
+    placer = await rig.start_placer()
+    await rig.ask("bert")
+    second = await rig.start_worker("w2")
+    await until_workers(placer, 2)
+    first.answering = False
+    request = await rig.send("bert")
+    await until(lambda: first.held.get(ModelId("bert/1")))
+    first.engine_up = False
+    began = time.monotonic()
+    await first.send_report()
+    await until(lambda: second.bound == {"bert/1"})
+    assert time.monotonic() - began < Policy().engine_grace_s
+    assert first.bound == {"bert/1"}
+    first.engine_up = True
+    await first.release()
+    assert (await rig.reply(request)).body == b"bert/1"
 
 
 async def test_an_idle_model_is_deactivated(rig):

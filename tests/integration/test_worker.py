@@ -588,6 +588,28 @@ async def test_a_worker_that_stops_under_an_alarm_gives_its_requests_back(tmp_pa
         assert await stage.broker.depth(model_queue(model)) == len(sent)
 
 
+async def test_a_worker_that_is_let_go_ended_as_one_that_is_stopped(tmp_path):
+    """It answers what it holds, returns, and says that it was asked to: nobody restarts it."""
+    async with working(tmp_path) as stage:
+        model = stage.register("slow")
+        await stage.bound(model)
+        stage.engine.gate.clear()
+        sent = await stage.send(model, [[1, 2]])
+        await until(lambda: stage.model(model).held == 1)
+        await stage.store.put_assignment(
+            Assignment(worker="w0", fence=1, generation=2, models=(), drain=True)
+        )
+        await stage.store.hint(topic_assignment("w0"))
+        await until(lambda: stage.report().draining)
+        assert not stage.stop.is_set()
+        stage.engine.gate.set()
+        assert output(await stage.reply(sent)) == [[2, 4]]
+        async with asyncio.timeout(20):
+            await stage.task
+        assert stage.stop.is_set()
+        assert "w0" not in stage.state.reports
+
+
 async def test_a_worker_may_start_before_the_store(tmp_path):
     """It waits for it, as it does for the broker, and then serves."""
     async with working(tmp_path, store_is_up=False) as stage:

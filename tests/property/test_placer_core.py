@@ -6,6 +6,7 @@ import msgspec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from services.placer.core.changes import applied
 from services.placer.core.fleet import Fleet
 from services.placer.core.plan import place_one, plan
 from services.placer.core.policy import Policy
@@ -18,7 +19,6 @@ from services.placer.core.view import (
     Pace,
     View,
     WorkerView,
-    applied,
     copies,
     residents,
 )
@@ -34,6 +34,7 @@ PLACEMENTS = (
     *[Placement()] * 4,
     Placement(worker_selector={"zone": "a"}),
     Placement(spread_by="zone"),
+    Placement(alone=True),
 )
 
 

@@ -8,16 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from services.placer.core.changes import applied
 from services.placer.core.plan import place_one, plan
 from services.placer.core.policy import Policy
 from services.placer.core.verify import verify
-from services.placer.core.view import View, applied, footprint, residents
+from services.placer.core.view import View, footprint, residents
 from services.placer.knowledge import Knowledge
 from shared.control import ModelReport, Report
 from shared.fit import can_be_served, fit_tiers
 from shared.models import Footprint, Manifest, Placement
 from shared.names import ModelId
-from tests.property.test_placer_core import NOW, POLICY, views
+from tests.property.test_placer_core import NOW, POLICY, served, views
 
 TICK_S = 0.2
 MODELS = [ModelId(f"m{number}/1") for number in range(7)]
@@ -25,6 +26,7 @@ SIZES = dict(zip(MODELS, (10, 20, 30, 40, 10, 20, 70), strict=True))
 PLACEMENTS = {
     MODELS[3]: Placement(worker_selector={"zone": "a"}),
     MODELS[4]: Placement(spread_by="zone"),
+    MODELS[5]: Placement(alone=True),
 }
 
 
@@ -59,6 +61,42 @@ def test_no_model_starves_while_another_holds_what_it_does_not_need(view: View) 
             size = footprint(worker, no.model, facts)
             others = residents(worker, stay, after.models)
             assert fit_tiers(size, others, worker.budget_bytes, worker.host_bytes) is not None
+
+
+@given(views())
+@settings(max_examples=80, deadline=None)
+def test_who_is_to_be_alone_is(view: View) -> None:
+    """Wherever a copy was put: nobody is beside it, and it is beside nobody."""
+    decided = plan(view, POLICY)
+    after = applied(view, decided)
+    for new in decided.bind:
+        assigned = after.workers[new.worker].assigned
+        alone = [m for m in assigned if m in after.models and after.models[m].placement.alone]
+        assert not alone or len(assigned) == 1
+
+
+@given(views(), st.integers(2, 6))
+@settings(max_examples=60, deadline=None)
+def test_what_is_put_off_is_taken_up_at_the_next_plannings(view: View, work: int) -> None:
+    """However little one planning decides, it takes away no more than that, and says so while a
+    worker has more than it can serve. Nobody's turn never comes: after a few plannings no worker
+    has too much, and what is asked is bound, or was refused with a reason."""
+    policy = msgspec.structs.replace(POLICY, work_per_tick=work)
+    refused: set[ModelId] = set()
+    for _ in range(40):  # 10 models at most, and 6 on each of 5 workers
+        decided = plan(view, policy)
+        over = [gone for gone in decided.unbind if gone.reason == "the device is over its budget"]
+        assert len(over) <= work // 2
+        view = applied(view, decided)
+        too_much = any(w.budget_bytes and not served(view, w) for w in view.workers.values())
+        assert decided.pace.unfinished or not too_much
+        refused |= {no.model for no in decided.refused}
+        view = msgspec.structs.replace(view, at=view.at + TICK_S)
+    assert not too_much
+    held = {model for worker in view.workers.values() for model in worker.assigned}
+    for model, facts in view.models.items():
+        if facts.waiting or facts.demand.backlog:
+            assert model in held or model in refused
 
 
 @given(views(), st.data())

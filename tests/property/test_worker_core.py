@@ -25,6 +25,7 @@ from services.worker.core.events import (
     ConsumerGone,
     ConsumerStarted,
     ConsumerStopped,
+    DeathKept,
     DrainAsked,
     EngineLost,
     EngineStarted,
@@ -39,6 +40,7 @@ from services.worker.core.events import (
     ItemArrived,
     ItemCancelled,
     ItemSettled,
+    KeepDeath,
     KeepProfile,
     KillEngine,
     LoadFailed,
@@ -111,6 +113,12 @@ class World(RuleBasedStateMachine):
         self.unsettled: list[int] = []
         self.generation = 0
         self.oversized = False
+        self.keeping: list[ModelId] = []
+        """Deaths on their way into the registry."""
+        self.quarantined: set[ModelId] = set()
+        """As all workers together have it."""
+        self.kept_away: set[ModelId] = set()
+        """Were quarantined when they were fetched last."""
 
     def tell(self, *facts: Fact) -> None:
         for action in self.core.handle(list(facts), self.now):
@@ -129,6 +137,7 @@ class World(RuleBasedStateMachine):
             case LoadModel():
                 assert self.engine_up
                 assert not self.condemned
+                assert action.model not in self.kept_away, "it is quarantined"
                 self.engine_work.append(action)
             case EvictModel():
                 assert self.engine_up
@@ -166,6 +175,8 @@ class World(RuleBasedStateMachine):
                 assert action.model not in {m for m, _ in self.consumers.values()}
                 assert action.model not in self.on_device
                 assert action.model not in self.in_host
+            case KeepDeath():
+                self.keeping.append(action.model)
             case KeepProfile() | TellPlacer():
                 pass
             case _:
@@ -221,8 +232,33 @@ class World(RuleBasedStateMachine):
     @rule(ok=st.sampled_from([True] * 5 + [False]))
     def fetch_ends(self, ok: bool) -> None:
         model = self.fetching.pop(0)
-        fetched = ModelFetched(model, self.registered[model], layout=LAYOUTS.get(model))
+        held = model in self.quarantined
+        fetched = ModelFetched(
+            model,
+            self.registered[model],
+            layout=LAYOUTS.get(model),
+            quarantined="it ended others" if held else None,
+        )
+        if ok:
+            (self.kept_away.add if held else self.kept_away.discard)(model)
         self.tell(fetched if ok else FetchFailed(model, "not found"))
+
+    @precondition(lambda self: self.keeping)
+    @rule(enough=st.booleans())
+    def a_death_is_kept(self, enough: bool) -> None:
+        """And with what other workers saw, it may be enough."""
+        model = self.keeping.pop(0)
+        if enough:
+            self.quarantined.add(model)
+        self.tell(DeathKept(model))
+
+    @rule(model=st.sampled_from(MODELS))
+    def another_worker_sees_it_die(self, model: ModelId) -> None:
+        self.quarantined.add(model)
+
+    @rule()
+    def all_are_released(self) -> None:
+        self.quarantined.clear()
 
     @rule(model=st.sampled_from(MODELS))
     def registered_anew(self, model: ModelId) -> None:
@@ -406,6 +442,8 @@ class World(RuleBasedStateMachine):
         self.tell(DrainAsked())
         for _ in self._until_quiet():
             self._one_step()
+        while self.keeping:
+            self.a_death_is_kept(enough=False)
         assert self.core.empty, self.core
         assert self.done.keys() == self.arrived
         assert not self.consumers

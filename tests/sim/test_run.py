@@ -234,6 +234,31 @@ def test_a_spike_gets_a_second_binding_within_a_tick_and_a_load():
     assert not [each for each in outcome.changes if each.at >= 6.0 and each.what == "unbound"]
 
 
+class _Watched(Roost):
+    """Keeps, of each cycle, whether it left something over and how soon the next one comes."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.cycles: list[tuple[bool, float]] = []
+
+    def decide(self, reports, depths, now):
+        decision = super().decide(reports, depths, now)
+        self.cycles.append((self.knowledge.last_plan.pace.unfinished, self.tick_s))
+        return decision
+
+
+def test_what_one_planning_put_off_has_its_turn_at_once():
+    """As in the service: the next cycle does not wait for its tick."""
+    models = [model(n, min_copies=1) for n in range(20)]
+    placing = _Watched(Policy(work_per_tick=6))
+    outcome = run(requests(models, (0.5, 0)), [worker()], placing)
+    assert len(story(outcome, "bound")) == len(models)
+    over = [tick_s for unfinished, tick_s in placing.cycles if unfinished]
+    assert len(over) >= 3
+    assert set(over) == {0.0}
+    assert placing.cycles[-1][1] > 0
+
+
 def test_a_killed_workers_requests_are_answered_by_another():
     """Once its report has expired, which nobody can know sooner."""
     models = [model(n) for n in range(4)]

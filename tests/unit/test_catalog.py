@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 
+from shared.aliases import Alias, Aliases
 from shared.catalog import MAX_ABSENT, Catalog
 from shared.errors import InvalidRequest, ModelNotFound, Unavailable
 from shared.models import Manifest
@@ -22,9 +23,13 @@ class FakeRepository:
         self.gate.set()
         self.trouble: Exception | None = None
         self.not_now: set[str] = set()
+        self.named: dict[str, Aliases] = {}
 
     def unloaded(self):
         return frozenset(self.not_now)
+
+    def aliases(self):
+        return dict(self.named)
 
     def add(self, name, *versions):
         self.models.setdefault(name, []).extend(versions)
@@ -221,3 +226,28 @@ async def test_an_unloaded_model_is_not_found_until_it_is_loaded(repository, clo
     repository.not_now = set()
     catalog.invalidate("a")
     assert (await catalog.get("a")).version == 1
+
+
+async def test_the_alias_default_is_what_the_bare_name_means(repository, catalog):
+    """Without it the highest version is; `latest` is in any case."""
+    repository.add("m", 1, 2, 3)
+    assert (await catalog.get("m")).version == 3
+    repository.named["m"] = Aliases(1, {"default": Alias({1: 1, 2: 9})})
+    catalog.invalidate("m")
+    assert (await catalog.get("m")).version == 2
+    assert (await catalog.named("m", "latest")).version == 3
+    assert (await catalog.named("m", "default")).version == 2
+    assert (await catalog.named("m", "1")).version == 1
+
+
+async def test_an_alias_that_is_not_there_is_told_with_those_that_are(repository, catalog):
+    """A model that is not there, or a text that can be no alias, is told as such."""
+    repository.add("m", 1)
+    repository.named["m"] = Aliases(1, {"prod": Alias({1: 1})})
+    with pytest.raises(ModelNotFound, match="no alias 'canary'; it has prod"):
+        await catalog.named("m", "canary")
+    with pytest.raises(ModelNotFound, match="no 'other'"):
+        await catalog.named("other", "canary")
+    for text in ("Prod", "0", "-1", "", "é", "x" * 64):
+        with pytest.raises(InvalidRequest):
+            await catalog.named("m", text)

@@ -34,6 +34,7 @@ def test_vhost_of(url: str, vhost: str) -> None:
         (names.UNROUTED, ["roost-unrouted"]),
         (names.DEAD, ["roost-dead"]),
         (names.REPLY_QUEUE_PREFIX + "gw-1", []),
+        (names.JOB_QUEUE_PREFIX + "0", ["roost-jobs"]),
         ("roost_model.bert.1", []),
         ("roost.dead2", []),
     ],

@@ -106,6 +106,8 @@ async def main(stop):
         raise RuntimeError("no way")
     if how == "returns":
         return
+    if how == "let go":
+        return stop.set()
     print(type(asyncio.get_running_loop()).__module__, flush=True)
     await stop.wait()
     print("asked", flush=True)
@@ -161,6 +163,14 @@ def test_a_service_that_ends_unasked_has_failed(how: str, event: str) -> None:
     assert service.returncode == 1
     assert f'"event":"{event}"' in err
     assert "no way" in err or how != "fails"
+
+
+def test_a_service_that_was_let_go_ended_well() -> None:
+    """Asked to end by another than a signal, it sets its event, and the status is 0."""
+    with start("let go") as service:
+        _, err = service.communicate(timeout=20)
+    assert service.returncode == 0
+    assert '"event":"service_stopped"' in err
 
 
 def test_signals_are_not_needed_off_the_main_thread() -> None:

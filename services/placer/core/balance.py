@@ -1,6 +1,8 @@
 """Bindings leave workers that are asked too much for others that are asked clearly less.
 
-Several may be on their way at once; each is bound at its target before it goes at its source.
+A model that has several copies gets one more elsewhere, and who has time takes more of its queue;
+else, and where that does not help for long, bindings move. Several may be on their way at once;
+each is bound at its target before it goes at its source.
 While a move is under way, and for a while after it, nothing undoes it (`Pace`).
 """
 
@@ -61,12 +63,18 @@ class _Balance:
         self.open: Bools = fleet.takes & fleet.serves
         self.stuck: Bools = ~fleet.serves
         columns = planner.columns
-        spiking = fleet.count > 1
-        self.passing: Floats = np.where(
-            spiking, np.maximum(columns.need - columns.usual, 0.0), columns.catching_up
-        )
-        """Of what each is asked for, what is soon over, or has workers of its own."""
-        self._leave_out_spikes()
+        # What works off a backlog is over before a move would help.
+        fleet.busy -= fleet.spread(columns.catching_up)
+        asked = columns.need - columns.catching_up
+        copies = np.maximum(fleet.count, 1)
+        self.share: Floats = asked / copies
+        """What each copy is asked for."""
+        usual = np.where(fleet.count > 1, np.minimum(columns.usual, asked), asked)
+        self.surge: Floats = (asked - usual) / copies
+        """Of that, beyond what is usual for a model that has got several."""
+        self.free = self._hot_for_long() | self._uneven(fleet.busy - fleet.spread(asked - usual))
+        """Workers that bindings may leave. For others only what surges gets more copies: in a spike
+        these soon help, and the neighbours that it finds stay."""
         for move in planner.pace.moves:
             if move.done is None:
                 self.left -= 1
@@ -77,29 +85,32 @@ class _Balance:
 
     def run(self) -> None:
         while self.left > 0 and not self.planner.spent():
-            hot = self._hottest()
-            if hot is None:
+            uneven = self._uneven(self.fleet.busy) & ~self.stuck
+            if not uneven.any():
                 break
-            if self._relieve(hot):
+            hot = int(np.where(uneven, self.fleet.busy, -np.inf).argmax())
+            if self._add_copy(hot) or (self.free[hot] and self._relieve(hot)):
                 self.left -= 1
             else:
                 self.stuck[hot] = True
 
-    def _leave_out_spikes(self) -> None:
-        """What works off a backlog is over before a move would help. And a spiking model gets
-        workers of its own: the neighbours that it finds there stay."""
-        fleet = self.fleet
-        for row in np.flatnonzero(self.passing * (fleet.count > 0)):
-            model = self.planner.columns.ids[int(row)]
-            if model is not None:
-                holders = fleet.holders(model)
-                share = float(self.passing[row]) / int(fleet.count[row])
-                fleet.busy[holders] -= share * fleet.slowness[holders]
+    def _uneven(self, busy: Floats) -> Bools:
+        """Workers that are asked for too much, while others are asked for clearly less."""
+        policy = self.planner.policy
+        least = float(busy[self.open].min(initial=np.inf))
+        uneven: Bools = (busy > policy.target_utilization) & (busy - least > policy.uneven_above)
+        return uneven
 
-    def _share(self, model: ModelId) -> float:
-        row = self.planner.columns.row[model]
-        passing = float(self.passing[row]) / max(int(self.fleet.count[row]), 1)
-        return self.fleet.share(model) - passing
+    def _hot_for_long(self) -> Bools:
+        """Workers that further copies of what surges have not relieved."""
+        planner, names = self.planner, self.fleet.names
+        at, before = planner.view.at, planner.pace.hot
+        uneven = np.flatnonzero(self._uneven(self.fleet.busy)).tolist()
+        hot = {names[worker]: before.get(names[worker], at) for worker in uneven}
+        planner.pace = msgspec.structs.replace(planner.pace, hot=hot)
+        since = np.array([hot.get(name, np.inf) for name in names])
+        long: Bools = at - since >= planner.policy.neighbours_stay_s
+        return long
 
     def _foresee(self, move: Move) -> None:
         """The source has its share now, and the others will have it."""
@@ -107,18 +118,40 @@ class _Balance:
         source, holders = fleet.number.get(move.source), fleet.holders(move.model)
         rest = [worker for worker in holders if worker != source]
         if source in holders and rest:
-            share = self._share(move.model)
+            share = float(self.share[self.planner.columns.row[move.model]])
             fleet.busy[source] -= share * fleet.slowness[source]
             fleet.busy[rest] += share / len(rest) * fleet.slowness[rest]
 
-    def _hottest(self) -> int | None:
-        """The worker that is asked for most, if that is too much and others have clearly less."""
-        policy, busy = self.planner.policy, self.fleet.busy
-        hot = int(np.where(self.stuck, -np.inf, busy).argmax())
-        if self.stuck[hot] or busy[hot] <= policy.target_utilization:
-            return None
-        least = float(busy[self.open].min(initial=np.inf))
-        return hot if busy[hot] - least > policy.uneven_above else None
+    def _add_copy(self, hot: int) -> bool:
+        """One more copy, where there is room, of what has several and asks this worker for most:
+        who has time takes more of a queue."""
+        fleet, planner, policy = self.fleet, self.planner, self.planner.policy
+        before = float(fleet.busy[hot])
+        several = [
+            (float(self.share[row]), model, row)
+            for model in fleet.assigned(hot)
+            if fleet.count[row := planner.columns.row[model]] > 1
+            and (self.free[hot] or self.surge[row] >= policy.move_gain)
+            and self._may_have_another(model, row)
+        ]
+        if not several:
+            return False
+        share, model, row = max(several)
+        copies = int(fleet.count[row])
+        each = share * copies / (copies + 1)
+        cooler = self.open & (fleet.busy + each * fleet.slowness <= before - policy.move_gain)
+        if each < policy.move_least or not cooler.any():
+            return False
+        chosen = planner.chooser.choose(planner.view.models[model], extra=True, among=cooler)
+        if not isinstance(chosen, Chosen):
+            return False
+        busy, holders = fleet.busy.copy(), fleet.holders(model)
+        planner.put(model, chosen, f"{fleet.names[hot]} is asked for {before:.0%}")
+        busy[holders] -= (share - each) * fleet.slowness[holders]
+        busy[chosen.worker] += each * fleet.slowness[chosen.worker]
+        fleet.busy = busy
+        self.moved.add(model)
+        return True
 
     def _relieve(self, hot: int) -> bool:
         """Moves the binding with which both ends come nearest to each other."""
@@ -127,8 +160,9 @@ class _Balance:
         half = (before - float(fleet.busy[self.open].min())) / 2
         found = []
         for model in fleet.assigned(hot):
-            share = self._share(model)
-            if share >= policy.move_least and self._may_move(model, hot):
+            row = planner.columns.row[model]
+            share = float(self.share[row])
+            if share >= policy.move_least and self._may_move(model, row, hot):
                 found.append((abs(share * float(fleet.slowness[hot]) - half), model, share))
         for _, model, share in sorted(found)[: policy.move_tries]:
             after = fleet.busy + share * fleet.slowness
@@ -143,18 +177,20 @@ class _Balance:
                 return True
         return False
 
-    def _may_move(self, model: ModelId, hot: int) -> bool:
-        fleet, planner, columns = self.fleet, self.planner, self.planner.columns
-        row = columns.row[model]
-        # What is asked of a newcomer is not known before the average has seen it.
-        settled = planner.view.at - fleet.assigned(hot)[model].since >= planner.policy.fast_tau_s
+    def _may_have_another(self, model: ModelId, row: int) -> bool:
+        fleet, columns = self.fleet, self.planner.columns
         return (
-            settled
-            and model not in self.moved
+            model not in self.moved
             and int(fleet.count[row]) < min(int(columns.limit[row]), fleet.serving)
-            and fleet.workers[hot].is_bound(model)
             and not fleet.on_their_way(model)
         )
+
+    def _may_move(self, model: ModelId, row: int, hot: int) -> bool:
+        fleet, planner = self.fleet, self.planner
+        # What is asked of a newcomer is not known before the average has seen it.
+        settled = planner.view.at - fleet.assigned(hot)[model].since >= planner.policy.fast_tau_s
+        bound = fleet.workers[hot].is_bound(model)
+        return settled and bound and self._may_have_another(model, row)
 
     def _move(self, model: ModelId, hot: int, chosen: Chosen, share: float) -> None:
         fleet, planner = self.fleet, self.planner

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import msgspec
 
 from services.placer.core.refused import Refused
-from services.placer.core.view import FleetSince, Pace
+from services.placer.core.view import Binding, FleetSince, Pace, View
 from services.placer.core.wanted import Wanted
 from shared.names import ModelId
 
 
-class Considered(msgspec.Struct, frozen=True):
+class Considered(msgspec.Struct, frozen=True, gc=False):
     """One worker as it was judged for a copy: the least score is taken."""
 
     worker: str
@@ -28,7 +28,7 @@ class Considered(msgspec.Struct, frozen=True):
     """Of the models that would make room."""
 
 
-class Bind(msgspec.Struct, frozen=True):
+class Bind(msgspec.Struct, frozen=True, gc=False):
     model: ModelId
     worker: str
     reason: str
@@ -40,7 +40,7 @@ class Bind(msgspec.Struct, frozen=True):
     """The chosen worker first, then the next best."""
 
 
-class Unbind(msgspec.Struct, frozen=True):
+class Unbind(msgspec.Struct, frozen=True, gc=False):
     model: ModelId
     worker: str
     reason: str
@@ -57,7 +57,7 @@ class Retire(msgspec.Struct, frozen=True):
     """When set, what is left in the queue is answered with this error and `reason`."""
 
 
-class Explained(msgspec.Struct, frozen=True):
+class Explained(msgspec.Struct, frozen=True, gc=False):
     """Why a model has as many bindings as it has."""
 
     want: int
@@ -102,3 +102,29 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         said += [f"retire {r.model} ({r.reason})" for r in self.retire]
         said += [f"no {r.model}: {r.refusal}" for r in self.refused]
         return "; ".join(said) or "nothing to change"
+
+
+def applied(view: View, plan: Plan) -> View:
+    """The view once the plan has been carried out, before any worker has reacted."""
+    assigned = {name: dict(worker.assigned) for name, worker in view.workers.items()}
+    copied = {name: worker.copied_s for name, worker in view.workers.items()}
+    for gone in plan.unbind:
+        assigned[gone.worker].pop(gone.model, None)
+    for new in plan.bind:
+        assigned[new.worker][new.model] = Binding(view.at, new.reason, new.spare)
+        copied[new.worker] += new.load_s
+    left = {retired.model for retired in plan.retire}
+    return View(
+        at=view.at,
+        workers={
+            name: msgspec.structs.replace(worker, assigned=assigned[name], copied_s=copied[name])
+            for name, worker in view.workers.items()
+        },
+        models={
+            model: msgspec.structs.replace(facts, low_since=plan.low_since.get(model))
+            for model, facts in view.models.items()
+            if model not in left
+        },
+        fleet_since=plan.fleet_since,
+        pace=plan.pace,
+    )

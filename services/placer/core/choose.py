@@ -16,7 +16,9 @@ import numpy as np
 from services.placer.core.changes import Considered
 from services.placer.core.columns import Bools, Floats, Ints
 from services.placer.core.fleet import Fleet
+from services.placer.core.labels import Labels
 from services.placer.core.refused import Refused
+from services.placer.core.refusing import refuse
 from services.placer.core.victims import Victims
 from services.placer.core.view import ModelView, expected
 from shared.control import ModelReport
@@ -40,6 +42,13 @@ class Chosen(msgspec.Struct, frozen=True):
     victims: tuple[ModelId, ...] = ()
 
 
+class PutOff(msgspec.Struct, frozen=True):
+    """Who makes room was searched for as long as one planning may: it goes on at the next."""
+
+    searched: frozenset[str]
+    """Workers where nobody can, as it was when they were looked at."""
+
+
 class _Sizes(msgspec.Struct, frozen=True):
     """What the newcomer takes, per worker or everywhere: bounds of what it adds to what is
     there, and what it is by itself."""
@@ -53,6 +62,7 @@ class Chooser:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
+        self.labels = Labels(fleet)
         self.victims = Victims(fleet)
         kinds = sorted({each.device_kind for each in fleet.workers})
         self._kinds = kinds
@@ -61,8 +71,6 @@ class Chooser:
         self._failing = [n for n, each in enumerate(fleet.workers) if each.failed]
         self._uneven = bool((fleet.slowness != 1.0).any())
         self._per_byte: Floats = fleet.policy.memory_weight / np.maximum(fleet.budget, 1)
-        self._matching: dict[tuple[str, str], Bools] = {}
-        self._domains: dict[str, list[str]] = {}
         self._lookups = 0
         self._reporting: dict[ModelId, list[int]] | None = None
 
@@ -76,7 +84,7 @@ class Chooser:
         may_evict: bool = False,
         extra: bool = False,
         among: Bools | None = None,
-    ) -> Chosen | Refused:
+    ) -> Chosen | Refused | PutOff:
         """The worker that will serve one more copy soonest: by what is running there, and by
         what it costs to load. One whose device has room is taken before any other; then one that
         has room in its host's memory, and swaps; last one where others must make room. An
@@ -101,10 +109,12 @@ class Chooser:
         if may_evict:
             room += self.victims.reclaimable()
             best = self._evicting(facts, np.where(sizes.least <= room, score, np.inf))
+            if isinstance(best, PutOff):
+                return best
             if best is not None:
                 worker, victims, regret = best
                 return self._chosen(facts, worker, score, reports, "", victims, regret)
-        return self._refuse(facts, score, held_back)
+        return refuse(fleet, self.labels, facts, score, sizes.most, held_back=held_back)
 
     def spare(self, facts: ModelView) -> Chosen | None:
         """A worker whose device has room to spare for a copy that nobody needs yet."""
@@ -118,28 +128,6 @@ class Chooser:
         for worker in _ascending(score):
             return self._chosen(facts, worker, score, reports, "")
         return None
-
-    def matches(self, facts: ModelView) -> Bools | None:
-        """Workers with the labels that the model asks for; None: it asks for none."""
-        found: Bools | None = None
-        for item in facts.placement.worker_selector.items():
-            having = self._matching.get(item)
-            if having is None:
-                label, value = item
-                workers = self.fleet.workers
-                having = np.array([each.labels.get(label) == value for each in workers], bool)
-                self._matching[item] = having
-            found = having if found is None else found & having
-        return found
-
-    def domain(self, label: str, worker: int) -> str:
-        """The worker's value of the label. One without it is a domain of its own."""
-        values = self._domains.get(label)
-        if values is None:
-            values = self._domains[label] = [
-                each.labels.get(label, f"\0{each.worker}") for each in self.fleet.workers
-            ]
-        return values[worker]
 
     def fits(self, facts: ModelView, worker: int) -> Refusal | None:
         """None when the worker has room for the model, else why not."""
@@ -169,10 +157,10 @@ class Chooser:
         for worker in self._failing:
             if facts.model in fleet.workers[worker].failed:
                 score[worker] = np.inf
-        matching = self.matches(facts)
+        matching = self.labels.matches(facts)
         if matching is not None:
             score[~matching] = np.inf
-        for worker in self.crowded(facts):
+        for worker in self.labels.crowded(facts):
             score[worker] = np.inf
         held_back = False
         if extra:
@@ -182,17 +170,11 @@ class Chooser:
                 score[full] = np.inf
         return score, held_back
 
-    def crowded(self, facts: ModelView) -> list[int]:
-        """Workers that have the same value of the label by which the model is spread as one
-        that serves a copy."""
-        label = facts.placement.spread_by
-        if label is None:
-            return []
-        fleet = self.fleet
-        taken = {self.domain(label, w) for w in fleet.holders(facts.model) if fleet.serves[w]}
-        return [w for w in range(len(fleet.workers)) if self.domain(label, w) in taken]
-
     def _sizes(self, facts: ModelView, reports: dict[int, ModelReport]) -> _Sizes:
+        if facts.placement.alone:
+            whole = [self.fleet.size_on(n, facts.model) for n in range(len(self.fleet.workers))]
+            taken: Ints = np.array([size.weights_bytes for size in whole], np.int64)
+            return _Sizes(taken, taken)
         kinds = [expected(kind, facts) for kind in self._kinds]
         if len(kinds) == 1 and not reports:
             return _Sizes(*_bounds(kinds[0]))
@@ -230,15 +212,24 @@ class Chooser:
 
     def _evicting(
         self, facts: ModelView, score: Floats
-    ) -> tuple[int, tuple[ModelId, ...], float] | None:
-        """Where making room costs least, and who makes it: regret is in the score's unit."""
+    ) -> tuple[int, tuple[ModelId, ...], float] | PutOff | None:
+        """Where making room costs least, and who makes it: regret is in the score's unit. Of
+        those that were looked at, when there is no work left for more."""
         best: tuple[int, tuple[ModelId, ...], float] | None = None
         lowest = math.inf
+        names, before = self.fleet.names, self.fleet.view.pace.searched.get(facts.model)
+        searched = set(before or ())
         for worker in _ascending(score):
             if score[worker] >= lowest:
                 break
+            if names[worker] in searched:
+                continue
+            if self.victims.spent():
+                return best or PutOff(frozenset(searched))
             found = self.victims.make_room(worker, facts)
-            if found is not None and score[worker] + found[1] < lowest:
+            if found is None:
+                searched.add(names[worker])
+            elif score[worker] + found[1] < lowest:
                 lowest = float(score[worker]) + found[1]
                 best = (worker, *found)
         return best
@@ -296,70 +287,6 @@ class Chooser:
             free_bytes=int(fleet.budget[worker] - fleet.used[worker]),
             regret=regret,
         )
-
-    def _refuse(self, facts: ModelView, score: Floats, held_back: bool) -> Refused:
-        model, fleet = facts.model, self.fleet
-        if not fleet.workers:
-            return Refused(model, Refusal("no worker is there"), "no_worker")
-        matching = self.matches(facts)
-        eligible = range(len(fleet.workers))
-        able = list(eligible) if matching is None else np.flatnonzero(matching).tolist()
-        if not able:
-            asked = ",".join(f"{k}={v}" for k, v in facts.placement.worker_selector.items())
-            nobody = Refusal(f"none of {len(fleet.workers)} workers has the labels {asked}")
-            return Refused(model, nobody, "no_match", permanent=not fleet.holders(model))
-        too_large: dict[int, Refusal] = {}
-        most = self._sizes(facts, self._reports(model)).most
-        for worker in np.flatnonzero(most > fleet.budget).tolist():
-            if matching is not None and not matching[worker]:
-                continue
-            budget = fleet.workers[worker].budget_bytes
-            no = fit(fleet.size_on(worker, model), (), budget) if budget > 0 else None
-            if no is not None:
-                too_large[worker] = no
-        failed = [worker for worker in able if model in fleet.workers[worker].failed]
-        if len(too_large.keys() | set(failed)) == len(able) and not fleet.holders(model):
-            if failed:
-                error = fleet.workers[failed[0]].failed[model]
-                told = Refusal(f"it failed to load: {error}")
-                return Refused(model, told, "failed_to_load", permanent=True, code="model_failed")
-            largest = max(too_large.values(), key=lambda no: no.free_bytes)
-            return Refused(model, largest, "too_large", permanent=True)
-        closest = self._closest(facts, score)
-        if closest is not None:
-            hopeless = closest in too_large.values()
-            return Refused(model, closest, "too_large" if hopeless else "no_room")
-        if not fleet.takes[able].any():
-            nobody = Refusal("every worker is leaving or without its engine")
-            return Refused(model, nobody, "leaving")
-        if held_back:
-            policy = fleet.policy
-            share = policy.load_share * policy.load_window_s
-            least = float(fleet.copied[able].min())
-            told = Refusal(
-                f"every worker that can take it has loaded for {share:.1f} s or more lately, of "
-                f"{policy.load_window_s:g} s; the least {least:.1f} s"
-            )
-            return Refused(model, told, "loading")
-        crowded = set(self.crowded(facts)) - set(fleet.holders(model))
-        if crowded.intersection(able):
-            label = facts.placement.spread_by
-            told = Refusal(f"every worker that can take it shares its {label} with a copy")
-            return Refused(model, told, "spread")
-        return Refused(model, Refusal("every worker that can take it has it already"), "has_all")
-
-    def _closest(self, facts: ModelView, score: Floats) -> Refusal | None:
-        """The "no" of the candidate that has most room."""
-        candidates = np.flatnonzero(np.isfinite(score))
-        if len(candidates) > _ONE_BY_ONE:
-            room = (self.fleet.free() + self.fleet.host)[candidates]
-            candidates = candidates[np.argpartition(-room, _ONE_BY_ONE)[:_ONE_BY_ONE]]
-        closest: Refusal | None = None
-        for worker in candidates[np.argsort(score[candidates], kind="stable")].tolist():
-            no = self._refusal(facts, worker)
-            if no is not None and (closest is None or no.free_bytes > closest.free_bytes):
-                closest = no
-        return closest
 
 
 def _bounds(size: Footprint) -> tuple[int, int]:

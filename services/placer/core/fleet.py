@@ -22,9 +22,10 @@ from shared.names import ModelId
 class Fleet:
     """Assignments as they would be after the changes made so far.
 
-    Laws: `count[row]` is the number of serving workers to which a model is assigned, `holding`
-    of all; only assigned models count against a budget, since a worker drops unbound weights by
-    itself. Worker rows are in the order of their names.
+    Laws: `count[row]` is the number of serving workers to which a model is assigned, without
+    stalled ones where it cannot wait for them (`_hurries`), `holding` of all; only assigned models
+    count against a budget, since a worker drops unbound weights by itself. Worker rows are in the
+    order of their names.
     """
 
     def __init__(self, view: View, policy: Policy) -> None:
@@ -38,6 +39,7 @@ class Fleet:
         self.rooms = rooms(seen, view.models, self.columns.row)
         self.takes: Bools = np.array([each.takes_new for each in seen], bool)
         self.serves: Bools = np.array([each.serves for each in seen], bool)
+        self.stalled: Bools = np.array([each.stalled for each in seen], bool)
         self.budget: Ints = np.array([each.budget_bytes for each in seen], np.int64)
         self.host: Ints = np.array([each.host_bytes for each in seen], np.int64)
         self.used: Ints = np.array([room.used for room in self.rooms], np.int64)
@@ -84,10 +86,17 @@ class Fleet:
         held = sum(worker in ends for worker in self._holders(model) if self.serves[worker])
         return copies - 1 if held > 1 else copies
 
+    def counts(self, model: ModelId, worker: int) -> bool:
+        """Whether a copy there is one of `count`."""
+        if not self.serves[worker]:
+            return False
+        row = self.columns.row.get(model)
+        return not self.stalled[worker] or row is None or not self.hurries[row]
+
     def on_their_way(self, model: ModelId) -> int:
         """Copies assigned to serving workers that do not consume the queue yet."""
         return sum(
-            self.serves[worker] and not self.consumes(model, worker)
+            self.counts(model, worker) and not self.consumes(model, worker)
             for worker in self._holders(model)
         )
 
@@ -110,16 +119,20 @@ class Fleet:
             if not self._is_served(worker)
         ]
 
+    def is_overfull(self, worker: int) -> bool:
+        """Whether it is one of `overfull`."""
+        over = 0 < self.budget[worker] < self.used[worker]
+        return bool(over) and not self._is_served(worker)
+
     def used_bytes(self, *, on_device: bool = False) -> int:
         """What all that is assigned to serving workers takes there, or what of it cannot wait in
         a host's memory. What several have counts once per worker: so it would elsewhere. Spare
         copies count for nothing."""
         total = 0
         for worker in np.flatnonzero(self.serves).tolist():
+            room = self.rooms[worker]
             if worker not in self._sizes:
-                room = self.rooms[worker]
-                spare = room.spare_bytes
-                total += room.device_used if on_device else max(room.used - spare, 0)
+                total += room.device_used if on_device else max(room.used - room.spare_bytes, 0)
                 continue
             assigned = self.assigned(worker)
             total += used_bytes(
@@ -135,6 +148,22 @@ class Fleet:
         if row is None:
             return 0.0
         return float(self.columns.need[row]) / max(int(self.count[row]), 1)
+
+    def spread(self, asked: Floats) -> Floats:
+        """By worker, if each model were asked for so much (by row), shared by its copies."""
+        share = np.where(self.count > 0, asked / np.maximum(self.count, 1), 0.0)
+        known = self.binding_row >= 0
+        # As the view says, but for those models whose holders were looked at, and so may be others.
+        looked = [row for m in self._held_by if (row := self.columns.row.get(m)) is not None]
+        still = share.copy()
+        still[looked] = 0.0
+        spread: Floats = np.zeros(len(self.rooms))
+        np.add.at(spread, self.binding_worker[known], still[self.binding_row[known]])
+        for row in looked:
+            model = self.columns.ids[row]
+            if share[row] and model is not None:
+                spread[self._held_by[model]] += share[row]
+        return spread * self.slowness
 
     def load_seconds(self, facts: ModelView) -> float:
         """What loading the model takes: measured, else by the byte as others here took."""
@@ -200,9 +229,11 @@ class Fleet:
         self.binding_worker: Ints = np.repeat(np.arange(len(self.rooms)), lengths)
         self.binding_row: Ints = _joined([room.rows for room in self.rooms])
         rows, known = len(self.columns.ids), self.binding_row >= 0
-        serving = known & self.serves[self.binding_worker]
-        self.count: Ints = np.bincount(self.binding_row[serving], minlength=rows)
         self.holding: Ints = np.bincount(self.binding_row[known], minlength=rows)
+        self.hurries = self._hurries() if self.stalled.any() else np.zeros(rows, bool)
+        serving = known & self.serves[self.binding_worker]
+        serving &= ~(self.stalled[self.binding_worker] & self.hurries[self.binding_row])
+        self.count: Ints = np.bincount(self.binding_row[serving], minlength=rows)
         share = self.columns.need / np.maximum(self.count, 1)
         asked = np.bincount(
             self.binding_worker[known],
@@ -212,6 +243,17 @@ class Fleet:
         self.busy: Floats = asked * self.slowness
         self._order: Ints | None = None
         self._starts: Ints | None = None
+
+    def _hurries(self) -> Bools:
+        """Models that are asked, or will be before a stalled worker is back, and are elsewhere
+        sooner; and that may be at two places, should it come back. What is on two stalled workers
+        may be what stalled them: it is taken to no third."""
+        columns, back_s = self.columns, self.policy.engine_grace_s
+        stalled = (self.binding_row >= 0) & self.stalled[self.binding_worker]
+        harmless = np.bincount(self.binding_row[stalled], minlength=len(columns.ids)) < 2
+        wanted = columns.asked | (columns.rate_fast * back_s >= 1.0)
+        sooner = columns.load_seconds < back_s
+        return wanted & sooner & harmless & (columns.limit > self.holding)
 
     def _holders(self, model: ModelId) -> list[int]:
         held = self._held_by.get(model)
@@ -247,7 +289,7 @@ class Fleet:
         if row is None:
             return
         self.holding[row] += by
-        if self.serves[worker]:
+        if self.counts(model, worker):
             self.count[row] += by
 
     def _is_served(self, worker: int) -> bool:

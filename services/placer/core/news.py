@@ -44,6 +44,12 @@ def header(report: Report) -> tuple[object, ...]:
     )
 
 
-def shown(told: ModelReport) -> tuple[object, ...]:
+def shows_the_same(was: ModelReport, told: ModelReport) -> bool:
     """What a view shows of one model on one worker, sizes aside: not what is counted."""
-    return (told.bound, told.tier, told.phase, told.load_seconds, told.seconds_per_item)
+    return (
+        was.seconds_per_item == told.seconds_per_item
+        and was.bound == told.bound
+        and was.tier == told.tier
+        and was.phase == told.phase
+        and was.load_seconds == told.load_seconds
+    )

@@ -24,6 +24,7 @@ from services.placer.core.changes import (
 from services.placer.core.fleet import is_asked
 from services.placer.core.planner import Planner
 from services.placer.core.policy import Policy
+from services.placer.core.release import drop_strays, release_surplus, relieve_overfull
 from services.placer.core.spare import add_spare
 from services.placer.core.view import ModelView, View
 from shared.names import ModelId
@@ -38,10 +39,10 @@ def plan(view: View, policy: Policy) -> Plan:
     """Decides for the whole fleet, as of `view.at`."""
     planner = Planner(view, policy)
     # 1. What should not be where it is: unknown, failed, or more than the device holds.
-    planner.drop_strays()
-    planner.relieve_overfull()
+    drop_strays(planner)
+    relieve_overfull(planner)
     # 2. What is not needed any more goes, slowly; and where a move has come to its end.
-    planner.release_surplus()
+    release_surplus(planner)
     finish_moves(planner)
     # 3. What is needed comes, at once; what leaves with a worker that leaves goes when its
     #    successor is chosen. Again while that frees room for somebody who got a "no".

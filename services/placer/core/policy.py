@@ -12,6 +12,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """So much is decided in one planning, the most urgent first; what is left over is due at the
     next. The unit is about 0.1 ms in a fleet of 1,000 workers (`Planner.spent`): however much
     changes at once, the fleet gets its first decisions after one tick and not after minutes."""
+    put_off_s: float = 1.0
+    """Who has waited so long for its turn goes first, whatever its priority: those that find no
+    place are looked at each time, and must not stand before it for ever."""
     target_utilization: float = 0.7
     """A copy is meant to be this busy; the rest is room for bursts."""
     release_utilization: float = 0.6
@@ -69,6 +72,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     uneven_above: float = 0.25
     """Bindings move when a worker, itself above the target, is asked for so much more than the
     coolest one: what one bursty model's average wavers by is no reason."""
+    neighbours_stay_s: float = 2.0
+    """Where a model surges, the others stay on its worker for this long: in a spike its further
+    copies relieve the worker within a second. Where they do not, the traffic has changed."""
     move_every_s: float = 0.25
     """It is looked for such workers this often: a moving average says the same for longer."""
     moves_at_once: int = 8
@@ -87,7 +93,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     retry_failed_s: float = 10.0
     """A worker that failed to load a model is not asked again for this long."""
     engine_grace_s: float = 5.0
-    """A worker whose engine is down keeps its bindings for this long: engines restart."""
+    """A worker whose engine is down keeps its bindings for this long: engines restart. What is
+    asked meanwhile and is loaded elsewhere sooner gets another copy at once."""
+    silent_after_s: float = 1.2
+    """So does what a worker has of which nothing was heard for this long, four of its reports and
+    a tick: too short to take anything from it, which its report's end does (3 s)."""
+    silent_share: float = 0.5
+    """... unless more of the fleet than this is silent: then it is the store, or ourselves."""
     grow_above: float = 0.85
     """More workers are wanted when demand exceeds this share of the fleet."""
     grow_after_s: float = 0.6

@@ -18,8 +18,8 @@ class Room:
     """One worker's part of a view; never changed."""
 
     __slots__ = (
-        "_owner", "_reported", "_served", "_shares", "assigned", "bytes", "device_used", "rows",
-        "since", "sizes", "spare", "spare_bytes", "used",
+        "_budget", "_owner", "_reported", "_served", "_shares", "assigned", "bytes",
+        "device_used", "rows", "since", "sizes", "spare", "spare_bytes", "used",
     )  # fmt: skip
 
     def __init__(
@@ -31,9 +31,14 @@ class Room:
         self._shares = worker.shares
         self._owner = models.owner if isinstance(models, Models) else models
         assigned = worker.assigned
+        told = [facts_of(models, model) for model in assigned]
         self.sizes: dict[ModelId, Footprint] = {
-            model: footprint(worker, model, facts_of(models, model)) for model in assigned
+            model: footprint(worker, model, facts)
+            for model, facts in zip(assigned, told, strict=True)
         }
+        alone = any(facts is not None and facts.placement.alone for facts in told)
+        self._budget = worker.budget_bytes if alone else None
+        """Of which a size depends: who is alone takes all of it."""
         self.used = used_bytes(self.sizes.values())
         """On the device, if all were there."""
         self.device_used = used_bytes(
@@ -59,6 +64,7 @@ class Room:
             self.assigned is worker.assigned
             and self._reported is worker.reported
             and self._shares == worker.shares
+            and self._budget in {None, worker.budget_bytes}
             and self._owner is (models.owner if isinstance(models, Models) else models)
         )
 
@@ -80,7 +86,7 @@ def rooms(
     """Of each worker: what comes with the view, else made."""
     return [
         worker.room
-        if worker.room is not None and worker.room.is_of(worker, models)
+        if isinstance(worker.room, Room) and worker.room.is_of(worker, models)
         else Room(worker, models, row)
         for worker in workers
     ]

@@ -71,9 +71,9 @@ def _refuse(chooser: Chooser, model: ModelId, name: str) -> Refusal | None:
         return Refusal(f"worker {name} has it already")
     if fleet.copies(model) >= facts.copies_limit(fleet.serving):
         return Refusal("it has all the copies it may have")
-    matching = chooser.matches(facts)
+    matching = chooser.labels.matches(facts)
     if matching is not None and not matching[worker]:
         return Refusal(f"worker {name} has not the labels that it asks for")
-    if worker in chooser.crowded(facts):
+    if worker in chooser.labels.crowded(facts):
         return Refusal(f"worker {name} shares its {facts.placement.spread_by} with a copy")
     return chooser.fits(facts, worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
@@ -16,6 +17,10 @@ Rank = tuple[int, int, float, float]
 """Class, the model's priority, regret, and when it was last asked: the least goes first."""
 
 _STRAY, _SPARE, _IDLE, _SURPLUS = range(4)
+_WEIGHED_WORK: Final = 2
+_TRIALS_PER_WORK: Final = 4
+"""What judging all models of a worker costs, and seeing whether a newcomer fits without some,
+against choosing a place."""
 _NO_TRAFFIC: Final = 2.0
 """Requests within the slow average's memory from which on they are traffic that will go on. Below,
 nothing is known but which was asked last."""
@@ -28,6 +33,7 @@ class Victims:
         self.fleet = fleet
         self.weighed = 0
         """Workers whose models were judged one by one."""
+        self._trials = 0
         self._reclaimable: Ints | None = None
 
     def __repr__(self) -> str:
@@ -36,6 +42,15 @@ class Victims:
     def again(self) -> None:
         """What was reckoned for all workers is reckoned anew: copies have come and gone."""
         self._reclaimable = None
+
+    @property
+    def work(self) -> int:
+        """What was done so far, in the unit of `Policy.work_per_tick`."""
+        return _WEIGHED_WORK * self.weighed + self._trials // _TRIALS_PER_WORK
+
+    def spent(self) -> bool:
+        """Whether one planning has searched enough."""
+        return self.work >= self.fleet.policy.work_per_tick
 
     def reclaimable(self) -> Ints:
         """By worker, at most so many bytes could be had."""
@@ -55,17 +70,19 @@ class Victims:
         held = fleet.sizes(worker)
         ranks = {m: rank for m in held if m != facts.model if (rank := self.rank(worker, m))}
 
-        def fits(without: list[ModelId]) -> bool:
+        def fits(without: Collection[ModelId]) -> bool:
+            self._trials += 1
             stay = [each for model, each in held.items() if model not in without]
             return fit_tiers(size, stay, seen.budget_bytes, seen.host_bytes) is None
 
+        if not ranks or not fits(ranks):
+            self._learn(worker, sum(held[model].weights_bytes for model in ranks))
+            return None
         taken: list[ModelId] = []
         for model in sorted(ranks, key=lambda model: (ranks[model], model)):
             taken.append(model)
             if fits(taken):
                 break
-        else:
-            return None
         for model in list(taken):
             if len(taken) > 1 and fits([m for m in taken if m != model]):
                 taken.remove(model)
@@ -102,6 +119,15 @@ class Victims:
         return None
 
     # --- parts ---
+
+    def _learn(self, worker: int, nbytes: int) -> None:
+        """It was looked at, and has no more: so nobody looks again."""
+        if self._reclaimable is not None:
+            workspace = max(
+                (s.workspace_bytes for s in self.fleet.sizes(worker).values()), default=0
+            )
+            most = nbytes + workspace if nbytes else 0
+            self._reclaimable[worker] = min(int(self._reclaimable[worker]), most)
 
     def _regret(self, row: int, copies: int) -> float:
         """Seconds of loading per second that giving it up will cost: how often it is asked, as a

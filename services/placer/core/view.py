@@ -1,13 +1,12 @@
 """What the placer decides on: a snapshot of workers and active models. Data only.
 
 Times are seconds of one clock that only grows (the caller's); ages in reports are converted
-by whoever builds a view. A view is never changed: `applied` gives the view after a plan.
+by whoever builds a view. A view is never changed: `changes.applied` gives the one after a plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,12 +14,8 @@ from shared.control import ModelReport
 from shared.models import Footprint, Placement
 from shared.names import ModelId
 
-if TYPE_CHECKING:
-    from services.placer.core.changes import Plan
-    from services.placer.core.rooms import Room
 
-
-class Demand(msgspec.Struct, frozen=True, kw_only=True):
+class Demand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What is asked of one model."""
 
     rate_fast: float = 0.0
@@ -45,7 +40,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
         return self.ready + self.held
 
 
-class Binding(msgspec.Struct, frozen=True):
+class Binding(msgspec.Struct, frozen=True, gc=False):
     """That a worker is to consume a model's queue, since when and why."""
 
     since: float
@@ -54,7 +49,7 @@ class Binding(msgspec.Struct, frozen=True):
     """A copy that nobody needs yet, in memory that nobody needs: first to make room."""
 
 
-class ModelView(msgspec.Struct, frozen=True, kw_only=True):
+class ModelView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One active model: it has a queue, and is to have at least one binding."""
 
     model: ModelId
@@ -97,6 +92,9 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     """Neither draining nor without its engine."""
     serves: bool = True
     """Its bindings count. False when it leaves, or its engine has been down for long."""
+    stalled: bool = False
+    """Its engine is down, or it has gone silent: it may be back soon, and keeps its bindings, but
+    what is asked meanwhile is not served by them."""
     leaving: bool = False
     """It was asked to leave: what it has is bound elsewhere first."""
     assigned: Mapping[ModelId, Binding] = {}
@@ -111,8 +109,9 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of loading that it was given lately, decaying (`Policy.load_share`)."""
     slowness: float = 1.0
     """Its own measured seconds per request over the fleet's mean, of the models that it has."""
-    room: Room | None = None
-    """What all that is assigned takes, where the maker of the view has it at hand."""
+    room: object = None
+    """What all that is assigned takes, where the maker of the view has it at hand: a
+    `rooms.Room`, which is made of what is here."""
 
     def is_bound(self, model: ModelId) -> bool:
         report = self.reported.get(model)
@@ -139,9 +138,15 @@ class Pace(msgspec.Struct, frozen=True):
     """When it was last looked for workers that are asked too much."""
     moves: tuple[Move, ...] = ()
     """Under way, or done lately."""
+    hot: Mapping[str, float] = {}
+    """Workers that are asked for too much, and since when."""
     put_off: Mapping[ModelId, float] = {}
     """Models that are due and were not looked at, as there was too much to decide
     (`Policy.work_per_tick`), and since when."""
+    searched: Mapping[ModelId, frozenset[str]] = {}
+    """Of these, workers where nobody can make room: the search goes on with the others."""
+    unfinished: bool = False
+    """These, or a worker that has more than it can serve: the next planning is to come at once."""
 
 
 class FleetSince(msgspec.Struct, frozen=True):
@@ -166,7 +171,16 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 def footprint(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Footprint:
     """What the model takes on this worker: measured there, else measured on such a device, else
     what the worker reads in the file, else what the repository has read there, else the file's
-    size. Measured or not, what it has in common with others is told by the file."""
+    size. Measured or not, what it has in common with others is told by the file. What is to be
+    alone takes the whole device, for good: so nothing has room beside it."""
+    size = _own_size(worker, model, facts)
+    if facts is None or not facts.placement.alone:
+        return size
+    whole = max(worker.budget_bytes, size.weights_bytes + size.workspace_bytes)
+    return Footprint(whole, 0, measured=size.measured, pinned=True)
+
+
+def _own_size(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Footprint:
     report = worker.reported.get(model)
     if report is not None and report.footprint.measured and report.footprint.weights_bytes:
         return report.footprint
@@ -210,29 +224,3 @@ def residents(
 ) -> list[Footprint]:
     """Footprints of these models on this worker."""
     return [footprint(worker, model, facts.get(model)) for model in models]
-
-
-def applied(view: View, plan: Plan) -> View:
-    """The view once the plan has been carried out, before any worker has reacted."""
-    assigned = {name: dict(worker.assigned) for name, worker in view.workers.items()}
-    copied = {name: worker.copied_s for name, worker in view.workers.items()}
-    for gone in plan.unbind:
-        assigned[gone.worker].pop(gone.model, None)
-    for new in plan.bind:
-        assigned[new.worker][new.model] = Binding(view.at, new.reason, new.spare)
-        copied[new.worker] += new.load_s
-    left = {retired.model for retired in plan.retire}
-    return View(
-        at=view.at,
-        workers={
-            name: msgspec.structs.replace(worker, assigned=assigned[name], copied_s=copied[name])
-            for name, worker in view.workers.items()
-        },
-        models={
-            model: msgspec.structs.replace(facts, low_since=plan.low_since.get(model))
-            for model, facts in view.models.items()
-            if model not in left
-        },
-        fleet_since=plan.fleet_since,
-        pace=plan.pace,
-    )

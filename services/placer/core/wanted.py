@@ -47,6 +47,7 @@ def workers_wanted(
 ) -> tuple[Wanted, FleetSince]:
     """More at once (after `grow_after_s`), fewer late (after `shrink_after_s`), one at a time,
     and only when the memory of the others would do, their hosts' included, where they have it.
+    While an engine starts, a model without a place waits for it, not for yet another worker.
     Never fewer than `min_workers`; none at all only after `scale_to_zero_after_s` of silence."""
     at, floor = view.at, policy.min_workers
     demand = float(columns_of(view.models).need.sum())
@@ -66,8 +67,11 @@ def workers_wanted(
         )
     if reasons:
         short = view.fleet_since.short if view.fleet_since.short is not None else at
+        starting = "demand" not in reasons and any(not worker.takes_new for worker in serving)
+        if starting:
+            short = at  # judged anew with what it brings
         since = _since(view, short=short, idle=idle)
-        if at - short < policy.grow_after_s and present:
+        if present and (starting or at - short < policy.grow_after_s):
             return Wanted(max(present, floor)), since
         count = max(present + 1, math.ceil(demand / policy.target_utilization - 1e-9), floor)
         return _for(count, reasons), since

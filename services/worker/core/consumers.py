@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from services.worker.core.events import Action, CloseConsumer, StartConsumer, StopConsumer
 from shared.models import ModelSpec
 from shared.names import ModelId
+
+_NEWS_APART_S: Final = 0.25
 
 
 @dataclass(slots=True)
@@ -24,7 +26,18 @@ class Subscription:
     prefetch: int
     phase: Literal["starting", "on", "stopping", "stopped"] = "starting"
     held: int = 0
-    """Messages delivered and not settled."""
+    """Requests delivered and not settled."""
+    told_at: float = float("-inf")
+    """When it was last news that the window was full."""
+
+    def took(self, now: float) -> bool:
+        """One more is held. True when it is news that the window is full: under load it fills
+        up again with nearly every batch, and heartbeats say so too."""
+        self.held += 1
+        news = self.held == self.prefetch and now - self.told_at > _NEWS_APART_S
+        if news:
+            self.told_at = now
+        return news
 
     @property
     def saturated(self) -> bool:

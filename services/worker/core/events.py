@@ -75,6 +75,14 @@ class ModelFetched(msgspec.Struct, frozen=True):
     """What was measured of it before on this kind of device."""
     layout: Layout | None = None
     """What is in the file; None where it could not be taken apart."""
+    quarantined: str | None = None
+    """Why no engine is to have it, as all workers together have found (shared/quarantine.py)."""
+
+
+class DeathKept(msgspec.Struct, frozen=True):
+    """What `KeepDeath` told is written down, for all workers."""
+
+    model: ModelId
 
 
 class FetchFailed(msgspec.Struct, frozen=True):
@@ -139,6 +147,7 @@ Fact = (
     Assigned
     | ModelFetched
     | FetchFailed
+    | DeathKept
     | ModelLoaded
     | LoadFailed
     | ModelEvicted
@@ -259,6 +268,15 @@ class KeepProfile(msgspec.Struct, frozen=True):
     profile: Profile
 
 
+class KeepDeath(msgspec.Struct, frozen=True):
+    """Write down for all workers that engines ended of it. Answered by `DeathKept`, however long
+    that takes."""
+
+    model: ModelId
+    kind: Literal["load", "request"]
+    reason: str
+
+
 class TellPlacer(msgspec.Struct, frozen=True):
     """News that should not wait for the next heartbeat."""
 
@@ -279,6 +297,7 @@ Action = (
     | Bury
     | KillEngine
     | ForgetModel
+    | KeepDeath
     | KeepProfile
     | TellPlacer
 )
@@ -294,6 +313,7 @@ __all__ = [
     "ConsumerGone",
     "ConsumerStarted",
     "ConsumerStopped",
+    "DeathKept",
     "DrainAsked",
     "EngineLost",
     "EngineStarted",
@@ -307,6 +327,7 @@ __all__ = [
     "Item",
     "ItemArrived",
     "ItemSettled",
+    "KeepDeath",
     "KeepProfile",
     "KillEngine",
     "Kind",

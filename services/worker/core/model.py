@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from services.worker.core.events import Action, ModelFetched, ModelLoaded, TellPlacer
+from services.worker.core.events import Action, KeepDeath, ModelFetched, ModelLoaded, TellPlacer
 from services.worker.core.profile import Measured
 from shared.control import ModelReport, Phase, Tier
 from shared.models import Footprint, Manifest
@@ -64,6 +64,12 @@ class Model:
     load_deaths: int = 0
     buried: int = 0
     """Items that were buried, having killed engines."""
+    unkept: int = 0
+    """Deaths that are not yet written down for the other workers."""
+    kept: bool = False
+    """Some are: it is for all workers together to say whether it is kept from engines."""
+    kept_away: str | None = None
+    """Why it is, as they said when it was fetched."""
     suspect: bool = False
     """An engine died while it was loading: it loads with nothing beside it."""
     consumers: int = 0
@@ -125,7 +131,7 @@ class Model:
             and self.copy == "none"
             and not self.consumers
             and not self.held
-            and not (self.load_deaths or self.buried or self.suspect)
+            and not (self.load_deaths or self.buried or self.suspect or self.unkept)
         )
 
     @property
@@ -152,6 +158,8 @@ class Model:
     @property
     def quarantined(self) -> str | None:
         """Why it is kept from engines, however often it is assigned."""
+        if self.kept_away is not None:
+            return f"quarantined: {self.kept_away}"
         if self.load_deaths >= MAX_DEATHS:
             return f"quarantined: it ended {self.load_deaths} engines as it was loaded"
         if self.buried >= MAX_BURIED:
@@ -163,9 +171,11 @@ class Model:
         from programs of this architecture, as far as is known. `share`: it may share tensors."""
         self.manifest = fact.manifest
         anew = self.digest != fact.manifest.digest
-        if anew:
+        self.kept_away = fact.quarantined
+        # What all workers know and do not hold against it was taken back.
+        if anew or (self.kept and not self.unkept):
             self.digest = fact.manifest.digest
-            self.load_deaths, self.buried, self.suspect = 0, 0, False
+            self.load_deaths, self.buried, self.suspect, self.kept = 0, 0, False, False
         layout = fact.layout
         apart = apart and layout is not None and not layout.obstacle and not self.pinned
         self.architecture = layout.architecture if layout is not None else ""
@@ -197,8 +207,29 @@ class Model:
         self.error = message
         return TellPlacer(f"{self.id} failed: {message}")
 
-    def judge(self) -> list[Action]:
-        """Says so if it is to be kept from engines from now on."""
+    def died_loading(self) -> list[Action]:
+        """It ended an engine as it was loaded. Says so if it is to be kept from them from now on."""
+        self.load_deaths += 1
+        why = f"it ended {self.load_deaths} engines as it was loaded"
+        return [*self._died("load", why), *self._judge()] if self.quarantined else []
+
+    def died_running(self) -> list[Action]:
+        """One of its items was buried. Says so, and whether it is kept from engines itself."""
+        self.buried += 1
+        return [
+            *self._died("request", f"one of its requests ended {MAX_DEATHS} engines"),
+            *self._judge(),
+        ]
+
+    def _died(self, kind: Literal["load", "request"], why: str) -> list[Action]:
+        self.unkept += 1
+        return [KeepDeath(self.id, kind, why)]
+
+    def death_kept(self) -> None:
+        """It is written down."""
+        self.unkept, self.kept = self.unkept - 1, True
+
+    def _judge(self) -> list[Action]:
         why = self.quarantined
         if why is None:
             return []
@@ -227,6 +258,7 @@ class Model:
             load_seconds=self.seconds_to_come,
             last_used=self.last_used,
             error=self.error,
+            suspect=self.suspect and self.load_deaths > 0,
         )
 
     def validate(self) -> None:
@@ -235,6 +267,7 @@ class Model:
         assert not (self.on_device or self.in_host) or not self.quarantined, self
         assert not self.served or self.admitted, self
         assert 0 <= self.unanswered <= self.held, self
+        assert 0 <= self.unkept, self
 
 
 def by_last_use(model: Model) -> tuple[float, ModelId]:

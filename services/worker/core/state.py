@@ -13,7 +13,8 @@ asked); here it is done, and what the engine says is taken in. Laws (`validate()
 - The least recently used goes first, and nothing goes unless that makes the room that is needed.
 - A wanted model is admitted if all that is admitted can be served together
   (`shared.fit.fit_tiers`); else it has an `error` that says why, with numbers.
-- A model that killed engines too often is not loaded again until its file is another one.
+- A model that killed engines too often is not loaded again until its file is another one, or all
+  workers together say so when it is fetched.
 - Known is only what is wanted, fetched, in a tier, consumed, held, or has killed an engine.
 """
 
@@ -179,8 +180,8 @@ class WorkerState:
         loading, evicting = self.loading(), list(self._evicting.values())
         for model in loading:
             model.suspect = True
-            model.load_deaths += model is loading[0] and not batch_running
-            actions += model.judge()
+            if model is loading[0] and not batch_running:
+                actions += model.died_loading()
         for model in [*loading, *evicting, *self.ready()]:
             self._move(model, "absent")
         for model in self.models.values():
@@ -194,9 +195,11 @@ class WorkerState:
 
     def buried(self, name: ModelId) -> list[Action]:
         """One of its items killed as many engines as one may."""
-        model = self.get(name)
-        model.buried += 1
-        return model.judge()
+        return self.get(name).died_running()
+
+    def death_kept(self, name: ModelId) -> None:
+        """All workers know of one of its deaths."""
+        self.get(name).death_kept()
 
     def fetched(self, fact: ModelFetched) -> None:
         model = self.get(fact.model)

@@ -25,6 +25,7 @@ from services.worker.core.events import (
     ConsumerGone,
     ConsumerStarted,
     ConsumerStopped,
+    DeathKept,
     DrainAsked,
     EngineLost,
     EngineStarted,
@@ -199,6 +200,9 @@ class WorkerCore:
             case ModelFetched():
                 self.state.fetched(fact)
                 return []
+            case DeathKept():
+                self.state.death_kept(fact.model)
+                return []
             case FetchFailed():
                 return self.state.fetch_failed(fact.model, fact.message, now)
             case ModelLoaded():
@@ -238,10 +242,8 @@ class WorkerCore:
         self._unsettled |= self._held.arrived(item, now)
         actions: list[Action] = []
         subscription = self.subscriptions.all.get(item.subscription)
-        if subscription is not None:
-            subscription.held += 1
-            if subscription.held == subscription.prefetch:
-                actions.append(TellPlacer(f"{item.model} saturated"))
+        if subscription is not None and subscription.took(now):
+            actions.append(TellPlacer(f"{item.model} saturated"))
         if subscription is None or subscription.phase == "stopped":
             actions.append(GiveBack(item.item, "it came after the consumer stopped"))
         elif fact.unanswerable is not None:

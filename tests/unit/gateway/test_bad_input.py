@@ -39,7 +39,8 @@ async def rig(lasting_rig):
 
 
 def requests(code, model):
-    return f'roost_gateway_requests_total{{code="{code}",model="{model}"}}'
+    version = "1" if model else ""
+    return f'roost_gateway_requests_total{{code="{code}",model="{model}",version="{version}"}}'
 
 
 def refused(answer, status, *words):
@@ -66,12 +67,12 @@ async def test_model_names_that_are_none(rig, name):
     assert await rig.metric(requests("invalid_argument", "")) == before + 1
 
 
-@pytest.mark.parametrize("version", ["0", "-1", "x", "1.0", "99999999999", "1%00", "%D9%A1"])
+@pytest.mark.parametrize("version", ["0", "-1", "X", "1.0", "99999999999", "1%00", "%D9%A1"])
 async def test_versions_that_are_none(rig, version):
-    """Anything but a whole number from 1."""
+    """Anything but a whole number from 1, or what can be an alias."""
     answer = await raw(rig, "POST", f"/v2/models/adder/versions/{version}/infer", b"{}")
     assert b" 400 " in answer.split(b"\r\n")[0]
-    refused(await rig.http.get("/v2/models/adder/versions/x"), 400, "version")
+    refused(await rig.http.get("/v2/models/adder/versions/X"), 400, "version")
     refused(await rig.http.get("/v2/models/adder/versions/0/ready"), 400, "version")
 
 

@@ -6,11 +6,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from services.placer.core.changes import applied
 from services.placer.core.fleet import Fleet
 from services.placer.core.plan import place_one, plan
 from services.placer.core.policy import Policy
 from services.placer.core.victims import Victims
-from services.placer.core.view import Binding, Demand, Move, View, WorkerView, applied
+from services.placer.core.view import Binding, Demand, Move, View, WorkerView
 from shared.models import Footprint, Placement
 from shared.names import ModelId
 from tests.unit.placer.test_plan import (
@@ -379,3 +380,95 @@ def test_what_a_spike_needed_is_given_back_though_a_minute_remembers_it():
     decided = plan(view(fleet, [a]), POLICY)
     assert len(unbinds(decided)) == 1
     assert not plan(applied(view(fleet, [a]), decided), POLICY).bind
+
+
+def test_a_long_search_for_who_makes_room_goes_on_at_the_next_planning():
+    """Of five workers only the last has somebody who may go; two are looked into at a time."""
+    policy = Policy(work_per_tick=4)
+    names = ("w1", "w2", "w3", "w4")
+    # What is spare there does not suffice, and what is not is too new to go.
+    full = [
+        msgspec.structs.replace(
+            worker(name),
+            assigned={
+                ModelId("new/1"): Binding(NOW - 1),
+                ModelId("spare/1"): Binding(NOW - 100, spare=True),
+            },
+            reported={
+                each.model: each for each in (report("new", size=95), report("spare", size=5))
+            },
+        )
+        for name in names
+    ]
+    last = worker("w5", "old", reports=[report("old", size=100)], slowness=2.0)
+    models = [model("new"), model("spare"), model("old", idle_s=60), model("a", ready=1)]
+    models[-1] = msgspec.structs.replace(models[-1], size_bytes=50)
+    now, searched = view([*full, last], models), []
+    for _ in range(5):
+        decided = plan(now, policy)
+        if decided.bind:
+            break
+        assert not decided.refused, "not before all were looked into"
+        assert decided.pace.unfinished
+        searched.append(decided.pace.searched[ModelId("a/1")])
+        now = applied(now, decided)
+    assert binds(decided) == {("a", "w5")}
+    assert unbinds(decided) == {("old", "w5")}
+    assert searched == [{"w1", "w2"}, set(names)]
+    assert not decided.pace.searched
+
+
+def test_a_model_that_is_to_be_alone_gets_a_worker_to_itself():
+    """An empty one, however little it takes; and nothing is put beside it afterwards."""
+    fleet = [worker("w1", "a"), worker("w2")]
+    models = [model("a"), alone("own", waiting=True)]
+    before = view(fleet, models)
+    decided = plan(before, POLICY)
+    assert binds(decided) == {("own", "w2")}
+    after = applied(before, decided)
+    more = msgspec.structs.replace(
+        after, models={**after.models, "b/1": model("b", size_bytes=80, waiting=True)}
+    )
+    again = plan(more, POLICY)
+    assert binds(again) == {("b", "w1")}
+    assert not unbinds(again)
+
+
+def test_idle_models_leave_a_worker_for_one_that_is_to_be_alone():
+    """All of one worker's, or none: what is asked stays where it is."""
+    fleet = [worker("w1", "busy", "idle"), worker("w2", "old", "older")]
+    models = [
+        model("busy", need=0.3, held=1),
+        *(model(name, idle_s=60) for name in ("idle", "old", "older")),
+        alone("own", waiting=True),
+    ]
+    decided = plan(view(fleet, models), POLICY)
+    assert ("own", "w2") in binds(decided)
+    assert {("old", "w2"), ("older", "w2")} <= unbinds(decided)
+    assert ("busy", "w1") not in unbinds(decided)
+
+
+def test_where_no_worker_can_be_cleared_it_is_refused_and_says_so():
+    """With numbers, and not for good: a further worker would do."""
+    fleet = [worker("w1", "busy")]
+    models = [model("busy", need=0.3, held=1), alone("own", waiting=True)]
+    decided = plan(view(fleet, models), POLICY)
+    assert not decided.changes
+    [no] = decided.refused
+    assert (no.model, no.kind, no.permanent) == ("own/1", "no_room", False)
+    assert no.refusal.need_bytes == fleet[0].budget_bytes
+    assert decided.fleet_since.short == NOW  # after `grow_after_s` one more is wanted
+
+
+def test_two_that_came_to_be_together_part():
+    """After a placer's recovery, say: one goes, and has another worker."""
+    fleet = [worker("w1", "own", "a"), worker("w2")]
+    models = [alone("own", waiting=True), model("a", need=0.1, held=1)]
+    before = view(fleet, models)
+    after = applied(before, plan(before, POLICY))
+    where = {name: set(each.assigned) for name, each in after.workers.items()}
+    assert sorted(map(len, where.values())) == [1, 1]
+
+
+def alone(name, **facts):
+    return model(name, placement=Placement(alone=True), **facts)

@@ -175,8 +175,8 @@ def test_events_are_bounded():
     knowledge = Knowledge(Policy(), Clock())
     for number in range(5000):
         knowledge.note("something", str(number))
-    assert len(knowledge.events) == 1000
-    assert msgspec.json.encode(list(knowledge.events))
+    assert len(knowledge.history.events) == 1000
+    assert msgspec.json.encode(list(knowledge.history.events))
 
 
 def test_a_worker_shows_whether_it_shares():

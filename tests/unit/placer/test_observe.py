@@ -27,7 +27,7 @@ class Asked(MemoryBroker):
         return 3
 
 
-def seen(model, *, bound=True, saturated=False):
+def seen(model, *, bound=True, saturated=False, per_message=1.0):
     return ModelReport(
         model=model,
         tier="device",
@@ -35,6 +35,7 @@ def seen(model, *, bound=True, saturated=False):
         bound=bound,
         footprint=Footprint(10),
         saturated=saturated,
+        requests_per_message=per_message,
     )
 
 
@@ -73,6 +74,16 @@ async def test_only_what_the_reports_cannot_tell_is_asked():
     knowledge = knowing(seen(FULL, saturated=True), seen(REST))
     assert await observer.depths(knowledge) == {FULL: 3, UNBOUND: 3}
     assert sorted(broker.asked) == sorted([model_queue(FULL), model_queue(UNBOUND)])
+
+
+async def test_messages_count_as_the_requests_that_they_hold():
+    """As its consumers say, and, once there are none, as they said last."""
+    broker, observer = await observing()
+    knowledge = knowing(seen(FULL, saturated=True, per_message=16.5), seen(REST), seen(UNBOUND))
+    assert await observer.depths(knowledge) == {FULL: 50}
+    knowledge.see([], {}, knowledge.clock())
+    assert (await observer.depths(knowledge))[FULL] == 50
+    assert len(broker.asked) > 1
 
 
 async def test_what_waited_is_asked_again_until_nothing_does():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from services.placer.core.changes import applied
 from services.placer.core.plan import place_one, plan, want
 from services.placer.core.policy import Policy
 from services.placer.core.verify import verify
@@ -15,7 +16,6 @@ from services.placer.core.view import (
     ModelView,
     View,
     WorkerView,
-    applied,
 )
 from shared.control import ModelReport
 from shared.layout import Share

@@ -7,8 +7,10 @@ import time
 
 import pytest
 
-from services.placer.replies import check_deadline, deadline_ms, error_reply, forwarded
-from shared import names
+from services.placer.metrics import Metrics
+from services.placer.replies import answer, check_deadline, deadline_ms, error_reply, forwarded
+from shared import names, packs
+from shared.broker.memory import MemoryBroker, MemoryExchange
 from shared.broker.port import Message
 from shared.errors import DeadlineExceeded, ModelNotFound
 
@@ -65,3 +67,41 @@ def test_a_forwarded_message_keeps_its_properties_and_what_remains_of_its_time()
     assert (sent.reply_to, sent.correlation_id, sent.priority) == ("roost.reply.x", "7", 3)
     assert forwarded(Message(body=b"", expiration_ms=700)).expiration_ms == 700
     assert forwarded(at(int(time.time() * 1000) - 5)).expiration_ms == 1
+
+
+def member(number, **headers):
+    return Message(body=b"", correlation_id=str(number), reply_to="roost.reply.t", headers=headers)
+
+
+@pytest.mark.parametrize("reads_packs", [True, False])
+async def test_each_member_of_a_pack_is_answered(reads_packs):
+    """In one message, if the asker reads such."""
+    broker = MemoryBroker(MemoryExchange(), "placer")
+    await broker.start()
+    for queue in (names.UNROUTED, "roost.reply.t"):
+        await broker.declare_queue(queue)
+    headers = {names.HEADER_PACKS: True} if reads_packs else {}
+    packed = packs.pack([member(number, **headers) for number in range(3)])
+    arrived = []
+    consumer = await broker.consume(names.UNROUTED, arrived.append, prefetch=10)
+    await broker.publish(names.INFER_EXCHANGE, "unknown", packed)
+    await answer(broker, arrived[0], ModelNotFound("no such model"), Metrics())
+    ready = [entry.message for entry in sorted(broker.server.queues["roost.reply.t"].ready)]
+    assert len(ready) == (1 if reads_packs else 3)
+    replies = packs.members(ready[0]) if reads_packs else ready
+    assert [reply.correlation_id for reply in replies] == ["0", "1", "2"]
+    assert {reply.headers[names.HEADER_CODE] for reply in replies} == {"not_found"}
+    assert not consumer.held
+
+
+async def test_what_only_calls_itself_a_pack_becomes_a_dead_letter():
+    """Nobody in it can be answered."""
+    broker = MemoryBroker(MemoryExchange(), "placer")
+    await broker.start()
+    arrived = []
+    await broker.consume(names.UNROUTED, arrived.append, prefetch=10)
+    broken = Message(body=b"no", content_type=packs.CONTENT_TYPE, reply_to="roost.reply.t")
+    await broker.publish(names.INFER_EXCHANGE, "unknown", broken)
+    await answer(broker, arrived[0], ModelNotFound("no such model"), Metrics())
+    (dead,) = broker.server.queues[names.DEAD].ready
+    assert "malformed pack" in dead.message.headers[names.HEADER_DEAD_REASON]

@@ -86,6 +86,21 @@ def test_the_first_request_wakes_a_sleeping_fleet():
     assert (decided.workers, decided.causes) == (1, ("no_place",))
 
 
+def test_a_model_without_a_place_waits_for_the_engine_that_starts():
+    """Not for one more worker, unless what is asked is too much for both. It is judged anew
+    once the engine runs."""
+    no_place = [Refused(ModelId("a/1"), Refusal("no room"), "no_room")]
+    starting = worker("w2", takes_new=False)
+    policy, long_short = Policy(grow_after_s=0.6), FleetSince(short=NOW - 60)
+    seen = view([worker("w1"), starting], [model("a", waiting=True)], fleet_since=long_short)
+    decided, since = wanted(seen, policy, no_place)
+    assert (decided.workers, since.short) == (2, NOW)
+    running = view([worker("w1"), worker("w2")], [model("a", waiting=True)], fleet_since=long_short)
+    assert wanted(running, policy, no_place)[0].workers == 3
+    much = view([worker("w1"), starting], [model("a", need=2.0)], fleet_since=long_short)
+    assert wanted(much, policy, no_place)[0].workers == 3
+
+
 def test_never_fewer_than_the_least():
     """The least is wanted whether anybody asks or not, and spare ones above it are let go."""
     policy = Policy(min_workers=2, shrink_after_s=10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from services.worker.core.events import (
     Action,
     Answer,
@@ -10,6 +12,7 @@ from services.worker.core.events import (
     Bury,
     ConsumerStarted,
     ConsumerStopped,
+    DeathKept,
     EngineLost,
     EngineStarted,
     Fact,
@@ -20,6 +23,7 @@ from services.worker.core.events import (
     ItemArrived,
     ItemCancelled,
     ItemSettled,
+    KeepDeath,
     KillEngine,
     LoadModel,
     ModelEvicted,
@@ -217,6 +221,50 @@ def dies_at_once(desk: Desk, times: int) -> list[Action]:
         if of(LoadModel, desk.tell(EngineStarted(1000, "cpu"))):
             desk.tell(loaded(A))
     return actions
+
+
+def test_each_death_is_written_down_for_the_other_workers():
+    """As it is buried, and not before: one engine may end of anything."""
+    desk = Desk(A)
+    assert of(RunBatch, desk.arrive(A))
+    assert of(KeepDeath, dies_at_once(desk, 1)) == []
+    first = dies_at_once(desk, 1)
+    assert [(death.model, death.kind) for death in of(KeepDeath, first)] == [(A, "request")]
+
+
+def test_what_all_workers_know_is_for_them_to_forgive():
+    """Quarantined here, and written down: fetched anew it is what they say. Before that is written
+    down it stays as it is, whatever they say."""
+    desk = Desk(A)
+    desk.arrive(A, 3)
+    assert of(RunBatch, desk.arrive(A)) == []
+    deaths = of(KeepDeath, dies_at_once(desk, 3) + dies_at_once(desk, 2))
+    assert len(deaths) == 2
+    desk.tell(DeathKept(A))
+    for generation, kept, loads in ((2, None, False), (4, A, True)):
+        if kept is not None:
+            desk.tell(DeathKept(kept))
+        desk.now += 10.0
+        desk.tell(Assigned((), 1, generation))
+        desk.tell(Assigned((A,), 1, generation + 1))
+        assert bool(of(LoadModel, desk.tell(fetched(A)))) == loads
+    assert desk.core.reports()[0].error is None
+
+
+def test_what_other_workers_found_out_is_not_tried_here():
+    """It is fetched, says why, and neither loaded nor consumed until it is fetched again."""
+    desk = Desk(B)
+    desk.tell(Assigned((A, B), 1, 2))
+    held = msgspec.structs.replace(fetched(A), quarantined="it ended 2 engines as it was loaded")
+    actions = desk.tell(held)
+    assert [load.model for load in of(LoadModel, actions)] == []
+    report = next(each for each in desk.core.reports() if each.model == A)
+    assert (report.phase, report.error) == (
+        "failed", "quarantined: it ended 2 engines as it was loaded",
+    )  # fmt: skip
+    desk.tell(Assigned((B,), 1, 3))
+    desk.tell(Assigned((A, B), 1, 4))
+    assert [load.model for load in of(LoadModel, desk.tell(fetched(A)))] == [A]
 
 
 def test_a_model_whose_requests_kill_engines_is_quarantined():

@@ -13,12 +13,14 @@ from services.worker.core.events import Fault, Item
 from services.worker.items import Held
 from services.worker.metrics import Metrics
 from services.worker.reply import Replier
+from shared import packs
 from shared.broker.port import BrokerUnavailable, Message, PublishUncertain
 from shared.errors import RoostError
-from shared.names import ModelId
+from shared.names import HEADER_CODE, HEADER_PACKS, ModelId
 from shared.v2 import InferRequest
 
 FAULT = Fault("model_failed", "no")
+ASKED = Message(body=b"", reply_to="roost.reply.t", correlation_id="r1")
 
 
 class Broker:
@@ -43,7 +45,7 @@ class Delivery:
     """Notes its end."""
 
     def __init__(self, fails: Callable[[], RoostError | None] = lambda: None) -> None:
-        self.message = Message(body=b"", reply_to="roost.reply.t", correlation_id="r1")
+        self.message = ASKED
         self.ends: list[str] = []
         self._fails = fails
 
@@ -117,3 +119,59 @@ async def test_a_burial_waits_for_the_broker_as_well():
     sender.bury(held(delivery), "it kills engines", FAULT)
     await sender.drained()
     assert (delivery.ends, len(broker.sent), failures) == (["buried"], 1, [])
+
+
+def packing(number: int, **headers) -> Delivery:
+    """Of somebody who reads packs of replies."""
+    delivery = Delivery()
+    delivery.message = Message(
+        body=b"",
+        reply_to="roost.reply.t",
+        correlation_id=str(number),
+        headers={HEADER_PACKS: True, **headers},
+    )
+    return delivery
+
+
+async def test_answers_of_one_turn_travel_together():
+    """To whoever said that it reads packs, and each request is acknowledged; to others one by
+    one."""
+    broker = Broker()
+    sender = replier(broker)
+    deliveries = [packing(number) for number in range(3)]
+    single = Delivery()
+    for delivery in (*deliveries, single):
+        sender.refuse(held(delivery), FAULT)
+    await sender.drained()
+    packed, alone = broker.sent
+    assert [reply.correlation_id for reply in packs.members(packed)] == ["0", "1", "2"]
+    assert all(reply.headers[HEADER_CODE] == "model_failed" for reply in packs.members(packed))
+    assert (packs.is_pack(alone), alone.correlation_id) == (False, "r1")
+    assert [each.ends for each in (*deliveries, single)] == [["acked"]] * 4
+    sender.refuse(held(packing(4)), FAULT)
+    await sender.drained()
+    assert (packs.is_pack(broker.sent[2]), broker.sent[2].correlation_id) == (False, "4")
+
+
+async def test_a_pack_of_answers_is_kept_as_long_as_its_last_deadline():
+    """And then all of its requests are given back."""
+    broker = Broker(always=BrokerUnavailable("alarm"))
+    sender = replier(broker, patience_s=0.01)
+    deliveries = [packing(number) for number in range(2)]
+    began = time.monotonic()
+    for delivery, after_s in zip(deliveries, (0.05, 0.3), strict=True):
+        sender.refuse(held(delivery, began + after_s), FAULT)
+    await sender.drained()
+    assert time.monotonic() - began >= 0.29
+    assert [each.ends for each in deliveries] == [["requeued"]] * 2
+
+
+async def test_large_answers_are_not_packed_beyond_the_limit():
+    """They go in as many messages as it takes."""
+    broker = Broker()
+    sender = replier(broker)
+    fault = Fault("model_failed", "x" * (packs.MAX_BYTES // 2 - 100))
+    for number in range(3):
+        sender.refuse(held(packing(number)), fault)
+    await sender.drained()
+    assert [packs.count(message) for message in broker.sent] == [2, 1]

@@ -1,0 +1,79 @@
+"""Jobs over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+
+from services.gateway.control import routes_of
+from services.gateway.core.admission import Admission
+from services.gateway.core.jobs import Ended, Job, path_of, view
+from services.gateway.httpinfer import HttpAsked, HttpInference
+from services.gateway.jobs.jobs import Jobs
+from services.gateway.sending import HeldResponse
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class HttpJobs:
+    """Handlers for the router. Each raises `RoostError`."""
+
+    def __init__(self, http: HttpInference, jobs: Jobs, admission: Admission) -> None:
+        self._http = http
+        self._jobs = jobs
+        self._admission = admission
+
+    def routes(self) -> list[BaseRoute]:
+        model, job = "/v2/models/{model}", path_of("{job}")
+        return routes_of(
+            [
+                ("POST", f"{model}/jobs", self.submit),
+                ("POST", f"{model}/versions/{{version}}/jobs", self.submit),
+                ("GET", job, self.status),
+                ("DELETE", job, self.remove),
+                ("GET", f"{job}/result", self.result),
+            ]
+        )
+
+    async def submit(self, request: Request) -> Response:
+        parameters = request.path_params
+        asked = HttpAsked(
+            self._http,
+            parameters["model"],
+            parameters.get("version"),
+            _headers(request),
+            request.receive,
+            "",  # nothing is asked yet: each turn has an id of its own
+        )
+        job = await self._jobs.submit(asked)
+        return self._told(job, 202, {"location": path_of(job.id)})
+
+    async def status(self, request: Request) -> Response:
+        return self._told(await self._jobs.find(*self._whose(request)))
+
+    async def result(self, request: Request) -> Response:
+        replied = await self._jobs.result(*self._whose(request))
+        answer = await self._http.answered(replied, _headers(request))
+        return HeldResponse(answer, self._admission)
+
+    async def remove(self, request: Request) -> Response:
+        await self._jobs.remove(*self._whose(request))
+        return Response(status_code=204)
+
+    def _whose(self, request: Request) -> tuple[str, str]:
+        return request.path_params["job"], self._http.tenant(_headers(request))
+
+    def _told(
+        self, what: Job | Ended, status: int = 200, headers: dict[str, str] | None = None
+    ) -> Response:
+        body = _encode(view(what, keep_s=self._jobs.keep_s))
+        return Response(body, status, headers, media_type="application/json")
+
+
+def _headers(request: Request) -> dict[bytes, bytes]:
+    headers: dict[bytes, Any] = dict(request.scope["headers"])
+    return headers

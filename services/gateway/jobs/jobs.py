@@ -1,0 +1,229 @@
+"""Jobs as clients see them: submit, look, fetch the result, cancel. Running them is `runs`'."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import structlog
+
+from services.gateway.asked import Asked
+from services.gateway.body import Held, Rejected
+from services.gateway.cancels import Cancels
+from services.gateway.config import GatewayConfig
+from services.gateway.core.admission import Admission
+from services.gateway.core.jobs import (
+    Ended,
+    Job,
+    JobNotFound,
+    NotDone,
+    Note,
+    body_of,
+    cancelled,
+    check_id,
+    deadline_ms,
+    encode_note,
+    expired,
+    kept_until_ms,
+    new_id,
+    queue_of,
+)
+from services.gateway.infer import Inference, Replied, Taken
+from services.gateway.jobs.files import JobFiles
+from services.gateway.metrics import Metrics
+from services.gateway.routes import Routes
+from shared import v2
+from shared.broker.port import (
+    Broker,
+    BrokerUnavailable,
+    Message,
+    PublishUncertain,
+    QueueFull,
+    Unroutable,
+)
+from shared.errors import DeadlineExceeded, Overloaded, Unavailable
+
+log = structlog.get_logger(__name__)
+
+_KEY_CHARS: Final = 256
+_LOOK_AGAIN_S: Final = 1
+_FULL_S: Final = 30
+"""Until a full job queue is worth another try: jobs wait for minutes, not for moments."""
+
+
+class Jobs:
+    """One object per gateway; what it tells is the same on all of them."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        routes: Routes,
+        admission: Admission,
+        inference: Inference,
+        broker: Broker,
+        files: JobFiles,
+        metrics: Metrics,
+        cancels: Cancels,
+    ) -> None:
+        self.keep_s = config.job_keep_s
+        self._config = config
+        self._routes = routes
+        self._admission = admission
+        self._inference = inference
+        self._broker = broker
+        self._files = files
+        self._metrics = metrics
+        self._cancels = cancels
+
+    async def submit(self, asked: Asked) -> Job:
+        """Accepts a request: on return it will have its turn, whoever is restarted meanwhile.
+
+        Raises as `Inference.answer` does up to the publish, `Overloaded` when too many jobs wait,
+        `Unavailable` when it cannot be written down or queued.
+        """
+        if not self._broker.connected:
+            raise Unavailable("the message broker is not connected", retry_after_s=1)
+        now_ms = _now_ms()
+        held = Held(self._admission)
+        try:
+            target = await self._routes.target(asked.name, asked.version, asked.split_key)
+            taken = await self._inference.take(asked, target, held)
+            job = self._job(asked, taken, now_ms)
+            with self._admitted(job):
+                await asyncio.to_thread(self._files.create, job, taken.read.body)
+                await self._queue(job)
+        except Rejected as error:
+            self._metrics.rejected(error.reason)
+            raise
+        finally:
+            held.release()
+        self._metrics.job("queued")
+        return job
+
+    @contextlib.contextmanager
+    def _admitted(self, job: Job) -> Iterator[None]:
+        """Submitting is bounded as asking is. Raises `Rejected`."""
+        rejection = self._admission.enter(job.model, time.monotonic(), job.tenant)
+        if rejection is not None:
+            raise Rejected(rejection)
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            self._admission.leave(job.model, now, answered=False, tenant=job.tenant)
+
+    def _job(self, asked: Asked, taken: Taken, now_ms: int) -> Job:
+        read, config = taken.read, self._config
+        wished = [] if read.remaining_s is None else [read.remaining_s]
+        timeout_us = v2.timeout_us(read.request.parameters)
+        if timeout_us is not None:
+            wished.append(timeout_us / 1e6)
+        deadline = deadline_ms(
+            wished, now_ms=now_ms, default_s=config.job_timeout_s, most_s=config.job_max_timeout_s
+        )
+        if deadline <= now_ms:
+            raise DeadlineExceeded("the deadline had passed before the job was accepted")
+        name = taken.target.manifest.name
+        return Job(
+            id=new_id(name, secrets.token_hex(16)),
+            model=name,
+            version=asked.version,
+            split_key=asked.split_key[:_KEY_CHARS],
+            tenant=read.tenant,
+            request_id=read.request.id,
+            created_ms=now_ms,
+            deadline_ms=deadline,
+            nbytes=len(read.body),
+            header_length=read.header_length,
+            traceparent=read.traceparent,
+            tracestate=read.tracestate,
+        )
+
+    async def _queue(self, job: Job) -> None:
+        """Puts the job into its queue; if that fails, there is no job."""
+        try:
+            try:
+                await publish_note(self._broker, Note(job.id), self._config.publish_timeout_s)
+            except PublishUncertain:
+                # Twice in the queue does no harm: a job has one turn at a time, and one end.
+                await publish_note(self._broker, Note(job.id), self._config.publish_timeout_s)
+        except BaseException as error:
+            await asyncio.shield(asyncio.to_thread(self._files.remove, job.id))
+            if isinstance(error, QueueFull):
+                raise Overloaded("too many jobs wait", retry_after_s=_FULL_S) from error
+            if isinstance(error, BrokerUnavailable | PublishUncertain | Unroutable):
+                raise Unavailable("the message broker is not connected", retry_after_s=1) from error
+            raise
+
+    async def find(self, id_: str, tenant: str) -> Job | Ended:
+        """A job as it stands now. Raises `JobNotFound` also for what is another tenant's."""
+        found = await asyncio.to_thread(self._files.find, check_id(id_))
+        if isinstance(found, Job) and _now_ms() >= found.deadline_ms:
+            # Written down, so that nobody is told otherwise later.
+            await self._end(expired(found, _now_ms()))
+            found = await asyncio.to_thread(self._files.find, id_)
+        if found is None or _hidden(found, tenant) or self._over(found):
+            raise JobNotFound("there is no such job")
+        return found
+
+    async def result(self, id_: str, tenant: str) -> Replied:
+        """What `infer` would have answered. Raises `NotDone` before the end, `JobNotFound`."""
+        found = await self.find(id_, tenant)
+        if isinstance(found, Job):
+            raise NotDone("the job has not ended", retry_after_s=_LOOK_AGAIN_S)
+        answer = await asyncio.to_thread(self._files.answer, id_)
+        if answer is None:
+            raise JobNotFound("there is no such job")
+        end, body = answer
+        if end.state == "cancelled":
+            raise JobNotFound("the job was cancelled: it has no result")
+        return Replied(Message(body=body, headers={**end.headers}), end.code)
+
+    async def remove(self, id_: str, tenant: str) -> None:
+        """Cancels a job that has not ended, which can be seen until it would have been removed;
+        removes one that has. Raises `JobNotFound`."""
+        found = await self.find(id_, tenant)
+        if isinstance(found, Job):
+            if await self._end(cancelled(found, _now_ms())):
+                self.tell_cancelled(found)
+                return
+            await self.find(id_, tenant)  # it ended just now; or somebody else removed it
+        await asyncio.to_thread(self._files.remove, id_)
+
+    def tell_cancelled(self, job: Job) -> None:
+        """Whichever gateway runs it takes its request back."""
+        left_s = (job.deadline_ms - _now_ms()) / 1000
+        self._cancels.add(cancel_name(job.id), asyncio.get_running_loop().time() + left_s)
+
+    def _over(self, found: Job | Ended) -> bool:
+        return isinstance(found, Ended) and _now_ms() > kept_until_ms(found, self.keep_s)
+
+    async def _end(self, end: Ended) -> bool:
+        first = await asyncio.to_thread(self._files.end, end, body_of(end))
+        if first:
+            self._metrics.job(end.state)
+        return first
+
+
+def cancel_name(id_: str) -> str:
+    """The job in a note of hang-ups. Never a correlation id, which begins with a random part."""
+    return f"job:{id_}"
+
+
+async def publish_note(broker: Broker, note: Note, timeout_s: float) -> None:
+    """Raises as `Broker.publish`."""
+    message = Message(body=encode_note(note), content_type="application/json")
+    await broker.publish("", queue_of(note.id[0]), message, timeout_s=timeout_s)
+
+
+def _hidden(found: Job | Ended, tenant: str) -> bool:
+    job = found if isinstance(found, Job) else found.job
+    return job.tenant != tenant
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
