@@ -59,6 +59,9 @@ class Metrics:
         self.workers = gauge("roost_placer_workers", "Workers that report.")
         self.leading = gauge("roost_placer_leading", "1 while this placer holds the lease.")
         self.active = gauge("roost_placer_active_models", "Models that have a queue.")
+        self.quarantined = gauge(
+            "roost_placer_quarantined_models", "Versions that are kept from all engines."
+        )
         self.knowledge: Knowledge | None = None
         """Of the term; looked at when somebody scrapes, not in every cycle."""
         self.registry.register(_Known(self))

@@ -48,6 +48,8 @@ class RegistryFollower:
         self._hinted = asyncio.Event()
         self.listed: Callable[[set[ModelId]], None] = lambda _: None
         """Told of all registered versions, whenever they were listed."""
+        self.quarantined: Callable[[int], None] = lambda _: None
+        """Told how many versions are quarantined, whenever that was looked at."""
 
     async def run(self) -> None:
         """For ever."""
@@ -79,6 +81,7 @@ class RegistryFollower:
         """What is active, and what of it is the default version of its name. Raises `Unavailable`
         when the registry is away."""
         await self._aliases.follow()
+        self.quarantined(len(await self._catalog.quarantined()))
         registered, default_of = await self._all_at_once()
         for model in list(self._knowledge.active):
             name, version = split_model_id(model)

@@ -1,5 +1,5 @@
-"""`roost dead`, over the twin of the broker and, where it matters, on RabbitMQ: what it shows, sends
-again, removes, and leaves alone."""
+"""`roost dead`, over the twin of the broker and, where it matters, on RabbitMQ: what it shows,
+sends again, removes, and leaves alone."""
 
 from __future__ import annotations
 

@@ -81,6 +81,7 @@ async def test_a_model_that_kills_engines_kills_those_of_one_worker(rig, agents)
     assert story["state"] == "quarantined: it ended 2 engines as it was loaded"
     assert story["quarantined"]["worker"] in {"w0", "w1", "w2"}
     assert (await placer.get(f"/explain/{good}")).json()["quarantined"] is None
+    assert "roost_placer_quarantined_models 1.0" in (await placer.get("/metrics")).text
 
 
 async def test_quarantine_outlives_workers_and_placers(rig, agents):

@@ -208,7 +208,7 @@ class Model:
         return TellPlacer(f"{self.id} failed: {message}")
 
     def died_loading(self) -> list[Action]:
-        """It ended an engine as it was loaded. Says so if it is to be kept from them from now on."""
+        """It ended an engine as it was loaded. Says so once it is to be kept from them."""
         self.load_deaths += 1
         why = f"it ended {self.load_deaths} engines as it was loaded"
         return [*self._died("load", why), *self._judge()] if self.quarantined else []
@@ -267,7 +267,7 @@ class Model:
         assert not (self.on_device or self.in_host) or not self.quarantined, self
         assert not self.served or self.admitted, self
         assert 0 <= self.unanswered <= self.held, self
-        assert 0 <= self.unkept, self
+        assert self.unkept >= 0, self
 
 
 def by_last_use(model: Model) -> tuple[float, ModelId]:

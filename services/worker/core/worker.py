@@ -242,7 +242,7 @@ class WorkerCore:
         self._unsettled |= self._held.arrived(item, now)
         actions: list[Action] = []
         subscription = self.subscriptions.all.get(item.subscription)
-        if subscription is not None and subscription.took(now):
+        if subscription is not None and subscription.took():
             actions.append(TellPlacer(f"{item.model} saturated"))
         if subscription is None or subscription.phase == "stopped":
             actions.append(GiveBack(item.item, "it came after the consumer stopped"))
