@@ -62,6 +62,16 @@ class _Way:
     """Seconds of each process while its clients asked."""
 
 
+class _Sizes(Counter[int]):
+    """Requests by the rows of their batch, while all clients ask: one alone has batches of one."""
+
+    counting = False
+
+    def note(self, rows: int) -> None:
+        if self.counting:
+            self[rows] += 1
+
+
 @dataclass
 class _Bare:
     rates: list[float] = field(default_factory=list)
@@ -103,11 +113,11 @@ async def measure(
         "overhead", workers=1, budget_bytes=4 << 30, table=False, device=device
     ) as stack:
         made = (await asyncio.to_thread(register, stack.data, Factory(chosen), 1))[0]
-        ways, sizes = [], Counter[int]()
+        ways, sizes = [], _Sizes()
         async with contextlib.AsyncExitStack() as ends:
             for way in await _ways(ends, stack, made, chosen, sizes):
                 ways.append(way)
-                await _saturate(stack, way, _WARM_S)
+                await _saturate(stack, way, sizes, _WARM_S)
                 way.answered = 0
                 way.cpu.clear()
             sizes.clear()
@@ -117,7 +127,7 @@ async def measure(
             measured = _Bare()
             for _ in range(rounds):
                 for way in ways:
-                    await _saturate(stack, way, turn_s)
+                    await _saturate(stack, way, sizes, turn_s)
                     await _alone(way)
                 await asyncio.to_thread(bare.saturate, measured, sizes, turn_s)
                 await asyncio.to_thread(bare.alone, measured)
@@ -132,7 +142,7 @@ async def _ways(
     stack: BenchStack,
     made: Registered,
     chosen: Family,
-    sizes: Counter[int],
+    sizes: _Sizes,
 ) -> list[_Way]:
     body = encode_request(request(chosen.inputs(1), NAMES))
     name = made.manifest.name
@@ -150,7 +160,7 @@ async def _ways(
 
 
 async def _http(
-    url: str, model: str, body: tuple[bytes, int | None], sizes: Counter[int], count: int
+    url: str, model: str, body: tuple[bytes, int | None], sizes: _Sizes, count: int
 ) -> list[Ask]:
     parts = urlsplit(url)
     data = head(model, len(body[0]), body[1]) + body[0]
@@ -158,7 +168,7 @@ async def _http(
     def asking(connection: Connection) -> Ask:
         async def ask() -> bool:
             answer = await connection.ask(data)
-            sizes[answer.batch_rows] += 1
+            sizes.note(answer.batch_rows)
             return answer.status == 200
 
         return ask
@@ -218,7 +228,7 @@ async def _grpc(stack: BenchStack, model: str, chosen: Family) -> AsyncIterator[
 # --- turns -----------------------------------------------------------------------------------
 
 
-async def _saturate(stack: BenchStack, way: _Way, seconds: float) -> None:
+async def _saturate(stack: BenchStack, way: _Way, sizes: _Sizes, seconds: float) -> None:
     """All clients, each asking again as soon as it is answered."""
     before, own = stack.cpu_seconds(), time.process_time()
     began = time.perf_counter()
@@ -233,7 +243,9 @@ async def _saturate(stack: BenchStack, way: _Way, seconds: float) -> None:
                 way.failed += 1
         return done
 
+    sizes.counting = True
     done = sum(await asyncio.gather(*map(client, way.clients)))
+    sizes.counting = False
     way.rates.append(done / (time.perf_counter() - began))
     way.answered += done
     after = stack.cpu_seconds()

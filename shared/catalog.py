@@ -12,7 +12,7 @@ import msgspec
 from shared.aliases import DEFAULT, LATEST, NONE, Aliases, check_alias, heaviest
 from shared.errors import ModelNotFound
 from shared.models import Manifest
-from shared.names import ModelId, check_name, check_version
+from shared.names import ModelId, check_name, check_version, split_model_id
 from shared.quarantine import Held
 from shared.repository import Repository
 from shared.sharing import SharedBytes
@@ -28,6 +28,7 @@ _Key = tuple[str, int | None]
 _Answer = Manifest | ModelNotFound
 _ALL: Final[_Key] = ("", None)
 _SHARING: Final[_Key] = ("", 0)
+_STANDING: Final[_Key] = ("", -4)
 _UNLOADED: Final[_Key] = ("", -1)
 _ALIASES: Final[_Key] = ("", -2)
 _QUARANTINED: Final[_Key] = ("", -3)
@@ -131,6 +132,21 @@ class Catalog:
         assert isinstance(answer, tuple)
         unloaded = frozenset() if even_unloaded else await self.unloaded()
         return [manifest for manifest in answer if manifest.name not in unloaded]
+
+    async def standing(self) -> list[Manifest]:
+        """As `ids`, of those that are to have copies at all times."""
+        answer = await self._ask(_STANDING, lambda: tuple(self._repository.standing()))
+        assert isinstance(answer, tuple)
+        unloaded = await self.unloaded()
+        return [manifest for manifest in answer if manifest.name not in unloaded]
+
+    async def registered(self, model: ModelId) -> bool:
+        """Whether there is such a version, unloaded or not. Raises `Unavailable`."""
+        try:
+            await self._get(*split_model_id(model), even_unloaded=True)
+        except ModelNotFound:
+            return False
+        return True
 
     async def unloaded(self) -> frozenset[str]:
         """The names of the models that are registered but not to be asked now."""

@@ -7,7 +7,7 @@ once in a whole fleet, by whoever ended it (docs/adr/0021).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Literal
@@ -104,10 +104,6 @@ class Failures(Collector):
         """Their series go."""
         for model in models:
             self._sums.pop(model, None)
-
-    def keep(self, models: Container[ModelId]) -> None:
-        """All series but theirs go."""
-        self.forget([model for model in self._sums if model not in models])
 
     def models(self) -> set[ModelId]:
         """That have series."""

@@ -35,7 +35,6 @@ from shared.blobs import BlobStore, BlobWriter, check_digest
 from shared.errors import (
     AlreadyExists,
     Conflict,
-    Internal,
     InvalidRequest,
     ModelNotFound,
     RoostError,
@@ -43,6 +42,7 @@ from shared.errors import (
 )
 from shared.files import Collected, ModelFiles
 from shared.layout import Extent, Layout
+from shared.listing import Listing
 from shared.manifests import (
     MANIFEST,
     MODELS,
@@ -89,7 +89,8 @@ class Repository:
         self._caches: dict[str, BlobStore] = {}
         self._checked: dict[str, tuple[Format, ...]] = {}
         """What files can be run as, by digest, as far as this process has looked."""
-        self._decoded: dict[str, tuple[tuple[object, ...], Manifest | None]] = {}
+        self._all = Listing(self._storage, lambda _: True)
+        self._standing = Listing(self._storage, lambda manifest: manifest.min_copies > 0)
         """Stamp and manifest by path, for listings; None for a broken one."""
 
     def __repr__(self) -> str:
@@ -290,25 +291,12 @@ class Repository:
     def manifests(self) -> list[Manifest]:
         """Every version of every model, sorted by name and version, in one pass. A broken
         manifest is left out and logged once."""
-        before = self._decoded
-        after: dict[str, tuple[tuple[object, ...], Manifest | None]] = {}
-        unread: dict[str, tuple[object, ...]] = {}
-        for entry in self._storage.find(MODELS, 2, MANIFEST):
-            known = before.get(entry.path)
-            if known is not None and known[0] == entry.stamp:
-                after[entry.path] = known
-            else:
-                unread[entry.path] = entry.stamp
-        for path, data in self._storage.read_many(unread).items():
-            manifest: Manifest | None = None
-            try:
-                manifest = decode_manifest(path, data)
-            except Internal as error:
-                _log.warning("manifest_skipped", path=path, error=str(error))
-            after[path] = (unread[path], manifest)
-        self._decoded = after
-        manifests = [manifest for _, manifest in after.values() if manifest is not None]
-        return sorted(manifests, key=lambda manifest: (manifest.name, manifest.version))
+        return self._all.look()
+
+    def standing(self) -> list[Manifest]:
+        """As `manifests`, of the versions that are to have copies at all times. It remembers
+        next to nothing of the others."""
+        return self._standing.look()
 
     def remove(self, name: str, version: int | None = None) -> None:
         """Removes one version, None for all of them, with their profiles. Files stay until

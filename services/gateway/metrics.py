@@ -7,12 +7,11 @@ asks for anything else is counted under the empty name.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from shared.names import ModelId, model_id, split_model_id
+from shared.names import ModelId, model_id
 from shared.nvmetrics import Failures, reason_of
 
 _GIVEN_UP: Final = frozenset({"deadline_exceeded", "client_closed"})
@@ -165,14 +164,11 @@ class Metrics:
         """An upload or a registration ended."""
         self._registrations.labels(code).inc()
 
-    def keep(self, registered: Container[ModelId]) -> None:
-        """Only these versions are registered: series of others go."""
-        series = {
+    def models(self) -> set[ModelId]:
+        """That have series."""
+        return self.failures.models() | {
             model_id(name, int(version)) for name, version, _ in self._request_children if name
         }
-        for model in series | self.failures.models():
-            if model not in registered:
-                self.forget(*split_model_id(model))
 
     def forget(self, model: str, version: int | None = None) -> None:
         """The model was removed, or this version of it: its series go too."""

@@ -20,6 +20,7 @@ from shared.blobs import check_digest
 from shared.catalog import Catalog
 from shared.errors import InvalidRequest, Overloaded, RoostError
 from shared.models import Manifest, ModelSpec
+from shared.names import split_model_id
 from shared.repository import Repository
 from shared.store.port import TOPIC_REGISTRY, Store, StoreUnavailable
 
@@ -155,11 +156,11 @@ class Registry:
             await asyncio.sleep(self._prune_s)  # a listing for many changes
             self._changed_elsewhere.clear()
             try:
-                registered = await self._catalog.ids(even_unloaded=True)
+                for model in self._metrics.models():
+                    if not await self._catalog.registered(model):
+                        self._metrics.forget(*split_model_id(model))
             except RoostError as error:
                 log.info("metrics_not_pruned", error=str(error))
-                continue
-            self._metrics.keep({manifest.id for manifest in registered})
 
     async def changed(self, name: str) -> bool:
         """Tells all services that something about the model is new. Whether they could be told."""

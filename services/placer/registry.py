@@ -19,12 +19,14 @@ from shared.catalog import Catalog
 from shared.errors import Internal, ModelNotFound, Quarantined, RoostError
 from shared.models import Manifest
 from shared.names import ModelId, split_model_id
+from shared.nvmetrics import Failures
 from shared.store.port import TOPIC_REGISTRY, Store
 
 log = structlog.get_logger(__name__)
 
 _FULL_LOOK_S = 60.0
-"""How often all registered models are looked through without a hint: that costs O(registered)."""
+"""How often all registered models are looked through without a hint: that costs O(registered)
+time, and memory only for those that are to have copies."""
 _ONE_BY_ONE = 200
 """Up to so many active models are asked for one by one."""
 
@@ -46,8 +48,8 @@ class RegistryFollower:
         self._aliases = aliases
         self._check_s = check_s
         self._hinted = asyncio.Event()
-        self.listed: Callable[[set[ModelId]], None] = lambda _: None
-        """Told of all registered versions, whenever they were listed."""
+        self.series: Failures | None = None
+        """Whose series of versions that are gone go too."""
         self.quarantined: Callable[[int], None] = lambda _: None
         """Told how many versions are quarantined, whenever that was looked at."""
 
@@ -64,6 +66,7 @@ class RegistryFollower:
                 if hinted or time.monotonic() - looked >= _FULL_LOOK_S:
                     looked = time.monotonic()
                     await self.keep_minimum()
+                    await self.forget_series()
             except RoostError as error:
                 log.warning("registry_not_followed", error=str(error))
             try:
@@ -112,19 +115,32 @@ class RegistryFollower:
     async def keep_minimum(self) -> None:
         """Activates versions that are to have copies at all times, as long as their model's name
         or an alias leads to them."""
-        manifests = await self._catalog.ids()
-        self.listed({manifest.id for manifest in manifests})
-        defaults = await self._defaults(manifests)
         quarantined = await self._catalog.quarantined()
-        for manifest in manifests:
-            model, default = manifest.id, defaults[manifest.name]
-            meant = model == default.id or self._knowledge.names.mean(model)
+        for manifest in await self._catalog.standing():
+            model = manifest.id
             idle = model not in self._knowledge.active and model not in quarantined
-            if meant and manifest.min_copies and idle:
+            if idle and await self._is_meant(model):
                 try:
                     await self._activator.activate(manifest, why="min_copies")
                 except RoostError as error:
                     log.warning("minimum_not_kept", model=model, error=str(error))
+
+    async def forget_series(self) -> None:
+        """Of versions that were removed."""
+        if self.series is None:
+            return
+        for model in self.series.models():
+            if not await self._catalog.registered(model):
+                self.series.forget([model])
+
+    async def _is_meant(self, model: ModelId) -> bool:
+        """Whether its model's name or an alias leads to it."""
+        if self._knowledge.names.mean(model):
+            return True
+        try:
+            return (await self._catalog.get(split_model_id(model)[0])).id == model
+        except ModelNotFound:  # removed meanwhile
+            return False
 
     async def _all_at_once(self) -> tuple[dict[ModelId, Manifest], dict[str, Manifest]]:
         """Every version, and the default one of every name, where one pass over the registry is

@@ -99,7 +99,7 @@ class Term:
             self._aliases,
             config.registry_check_s,
         )
-        self._registry.listed = metrics.failures.keep
+        self._registry.series = metrics.failures
         self._registry.quarantined = metrics.quarantined.set
         self._handling: set[asyncio.Task[None]] = set()
         self._consumer: Consumer | None = None
