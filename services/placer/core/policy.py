@@ -72,7 +72,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     uneven_above: float = 0.25
     """Bindings move when a worker, itself above the target, is asked for so much more than the
     coolest one: what one bursty model's average wavers by is no reason."""
-    neighbours_stay_s: float = 8.0
+    neighbours_stay_s: float = 4.5
     """Where a model surges, the others stay on its worker for this long: in a spike its further
     copies relieve the worker within a second. Where they do not, the traffic has changed."""
     move_every_s: float = 0.25
