@@ -18,7 +18,7 @@ test: setup $(LEAN)/.complete ## lint, types, import contracts, all tests
 	@scripts/test $(VENV) $(LEAN)
 
 bench: $(VENV)/.complete ## all benchmarks on this machine; rewrites docs/results/benchmarks.md (DEVICE=cuda on a GPU)
-	@for name in density swap oversubscribe engine overhead connections spike goodput idle placer reality; do \
+	@for name in density swap oversubscribe engine overhead path connections spike goodput idle placer reality; do \
 	  $(VENV)/bin/python -m benchmarks $$name --device $(DEVICE) --save || exit 1; done
 
 lint: $(VENV)/.complete ## formatting, lint, types and import contracts only

@@ -170,12 +170,12 @@ class Client:
             code = str(message.headers.get(HEADER_CODE, "none"))
             worker = str(message.headers.get(HEADER_WORKER, ""))
             answer.set_result((time.perf_counter(), code, worker))
-        task = asyncio.ensure_future(_quietly(delivery))
+        task = asyncio.ensure_future(acknowledge(delivery))
         self._acks.add(task)
         task.add_done_callback(self._acks.discard)
 
 
-async def _quietly(delivery: Delivery) -> None:
+async def acknowledge(delivery: Delivery) -> None:
     """An answer that cannot be acknowledged comes again, and is dropped then."""
     try:
         await delivery.ack()

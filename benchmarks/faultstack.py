@@ -20,7 +20,6 @@ from roost.stack.waiting import wait_for_url
 from shared.repository import Repository
 
 _LOOK_S: Final = 0.2
-_SECOND: Final = ("gateway-2", "placer-2")
 
 
 class FaultStack(ProcessStack):
@@ -44,13 +43,6 @@ class FaultStack(ProcessStack):
         self._spawn("placer-2", {"ROOST_PLACER_PORT": str(ports[1])})
         self.gateways = [self.gateway_url, f"http://127.0.0.1:{ports[0]}"]
         await wait_for_url(f"{self.gateways[1]}/v2/health/ready", "gateway-2", self._check_alive)
-
-    async def close(self) -> None:
-        for name in _SECOND:
-            if name in self._services:
-                process, _ = self._services.pop(name)
-                await asyncio.to_thread(process.stop, 15.0)
-        await super().close()
 
     @property
     def rabbit(self) -> RabbitNode:

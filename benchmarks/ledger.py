@@ -7,7 +7,6 @@ to another request, is seen to be wrong.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import itertools
 import json
@@ -23,6 +22,7 @@ import msgspec
 import numpy as np
 import torch
 
+from benchmarks.asking import acknowledge
 from benchmarks.keepalive import Connection, connect, head
 from shared.broker.port import Broker, Delivery, Message, PublishUncertain
 from shared.errors import RoostError
@@ -255,7 +255,7 @@ class Load:
         elif waiting is not None and not waiting.done():
             self._answered.add(id_)
             waiting.set_result(delivery.message)
-        task = asyncio.ensure_future(_quietly(delivery))
+        task = asyncio.ensure_future(acknowledge(delivery))
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
 
@@ -276,8 +276,3 @@ def _judged(status: int, body: bytes, model: Model, x: list[int]) -> tuple[Verdi
         return Verdict.WRONG, repr(body[:80])
     right = [model.factor * each for each in x]
     return (Verdict.RIGHT, "") if given == right else (Verdict.WRONG, f"{given} for {right}")
-
-
-async def _quietly(delivery: Delivery) -> None:
-    with contextlib.suppress(RoostError):
-        await delivery.ack()

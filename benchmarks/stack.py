@@ -33,20 +33,14 @@ class BenchStack(ProcessStack):
         self.repository = Repository(str(self.data / "repository"))
         self._http = httpx.AsyncClient(timeout=10.0, trust_env=False)
 
-        self._gateways: list[str] = []
-
     async def close(self) -> None:
         await self._http.aclose()
-        for name in self._gateways:
-            process, _ = self._services.pop(name)
-            await asyncio.to_thread(process.stop, 15.0)
         await super().close()
 
     async def add_gateway(self) -> str:
         """One more; returns its URL once it is ready."""
         port = free_ports(1)[0]
-        name = f"gateway-{len(self._gateways) + 2}"
-        self._gateways.append(name)
+        name = f"gateway-{sum(each.startswith('gateway') for each in self._services) + 1}"
         self._spawn(name, {"ROOST_GATEWAY_PORT": str(port), "ROOST_GATEWAY_GRPC_PORT": "-1"})
         url = f"http://127.0.0.1:{port}"
         await wait_for_url(f"{url}/v2/health/ready", name, self._check_alive)

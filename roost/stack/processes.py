@@ -156,9 +156,8 @@ class ProcessStack:
     async def close(self) -> None:
         # Workers first: they finish what they hold and give the rest back to a broker that is
         # still there. The gateway before them would leave nobody to answer to.
-        order = [*self._workers, "gateway", "placer"]
-        workers = [self._services.pop(name)[0] for name in order[:-2] if name in self._services]
-        rest = [self._services.pop(name)[0] for name in order[-2:] if name in self._services]
+        workers = [self._services.pop(name)[0] for name in self.workers()]
+        rest = [self._services.pop(name)[0] for name in list(self._services)]
         await asyncio.gather(*(asyncio.to_thread(p.stop, 40.0) for p in workers))
         await asyncio.gather(*(asyncio.to_thread(p.stop, 15.0) for p in rest))
         if self._reviving is not None:

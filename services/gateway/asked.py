@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
@@ -33,6 +34,15 @@ class Read(msgspec.Struct, frozen=True, kw_only=True):
     tracestate: str | None = None
     """What belongs to it, likewise."""
 
+    def wished_s(self, elapsed_s: float = 0.0) -> list[float]:
+        """Seconds until each deadline that it asks for: what its headers leave now, and the
+        time-out in its body, which counts from its beginning `elapsed_s` ago."""
+        wished = [] if self.remaining_s is None else [self.remaining_s]
+        timeout_us = v2.timeout_us(self.request.parameters)
+        if timeout_us is not None:
+            wished.append(timeout_us / 1e6 - elapsed_s)
+        return wished
+
 
 class Asked(Protocol):
     """A request that is about to be answered."""
@@ -54,8 +64,16 @@ class Asked(Protocol):
         """Interrupts the body of its block with `ClientGone` when the client goes away."""
 
 
-def tenant_of(told: bytes) -> str:
-    """Who asks, as a header or a call's metadata tell it. Raises `InvalidRequest`."""
-    if len(told) > _TENANT_BYTES:
-        raise InvalidRequest(f"the tenant's name is longer than {_TENANT_BYTES} bytes")
-    return told.decode("latin-1")
+class Tenants:
+    """Who asks, as the configured header or metadata of a request tells it."""
+
+    def __init__(self, header: str) -> None:
+        """Empty: there are no tenants."""
+        self._key = header.strip().lower().encode()
+
+    def of(self, headers: Mapping[bytes, bytes]) -> str:
+        """Empty for nobody in particular. Keys are lower case. Raises `InvalidRequest`."""
+        told = headers.get(self._key, b"") if self._key else b""
+        if len(told) > _TENANT_BYTES:
+            raise InvalidRequest(f"the tenant's name is longer than {_TENANT_BYTES} bytes")
+        return told.decode("latin-1")

@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from services.gateway.asked import Read, tenant_of
+from services.gateway.asked import Read, Tenants
 from services.gateway.body import Held, Receive, read_body
 from services.gateway.config import GatewayConfig
 from services.gateway.encoding import compressed, wanted_coding
@@ -55,7 +55,7 @@ class HttpInference:
         self._tracing = tracing
         self.config = config
         self.limits = v2.Limits(body_bytes=config.request_limit_bytes)
-        self.tenant_key = config.tenant_header.strip().lower().encode()
+        self.tenants = Tenants(config.tenant_header)
 
     async def answer(
         self,
@@ -81,10 +81,6 @@ class HttpInference:
         if replied.code == "ok":
             return await _encoded(_good(replied), headers)
         return _bad(replied)
-
-    def tenant(self, headers: dict[bytes, bytes]) -> str:
-        """Who asks; empty where there are no tenants. Raises `InvalidRequest`."""
-        return tenant_of(headers.get(self.tenant_key, b"")) if self.tenant_key else ""
 
 
 class HttpAsked:
@@ -128,7 +124,7 @@ class HttpAsked:
             body=body,
             header_length=header_length,
             remaining_s=_remaining_s(headers),
-            tenant=http.tenant(headers),
+            tenant=http.tenants.of(headers),
             traceparent=traceparent,
             tracestate=tracestate,
         )

@@ -167,11 +167,7 @@ class Inference:
     def _deadline(self, read: Read, started: float) -> float:
         """On the event loop's clock: the earliest of what body and headers ask for, else the
         default; never beyond the configured maximum."""
-        wished = [] if read.remaining_s is None else [read.remaining_s]
-        timeout_us = v2.timeout_us(read.request.parameters)
-        if timeout_us is not None:
-            wished.append(timeout_us / 1e6 - (time.monotonic() - started))
-        config = self._config
+        config, wished = self._config, read.wished_s(time.monotonic() - started)
         remaining_s = min(wished, default=config.default_timeout_s)
         return asyncio.get_running_loop().time() + min(remaining_s, config.max_timeout_s)
 

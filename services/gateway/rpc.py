@@ -64,7 +64,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float
     """On the event loop's clock, seconds."""
     priority: int = 0
-    """AMQP's. Carried along only: neither the model queues nor the workers order by it."""
+    """AMQP's. The model's queue does not order by it, workers do; only equals travel together."""
     headers: dict[str, HeaderValue] = {}
     """Further headers to pass on."""
     on_published: Callable[[], None] | None = None

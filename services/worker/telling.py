@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -115,11 +116,11 @@ class Teller:
     def _told(self, model: ModelReport, offset_s: float) -> ModelReport:
         """The core counts monotonic seconds, others can only read Unix time; and it counts
         requests, where the broker counts messages."""
+        told: dict[str, Any] = {}
         if model.last_used:
-            model = msgspec.structs.replace(model, last_used=model.last_used + offset_s)
+            told["last_used"] = model.last_used + offset_s
         window = self.window(model.model)
-        if window is None or not model.bound:
-            return model
-        return msgspec.structs.replace(
-            model, saturated=window.full(model.held), requests_per_message=window.mean
-        )
+        if window is not None and model.bound:
+            told["saturated"] = window.full(model.held)
+            told["requests_per_message"] = window.mean
+        return msgspec.structs.replace(model, **told) if told else model

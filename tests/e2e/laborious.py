@@ -74,7 +74,14 @@ def spike(url: str, placer_url: str, limit_s: float = 40.0) -> tuple[list[str], 
 
 
 def fleet(placer_url: str) -> dict[str, Any]:
-    """What the placer says of its workers."""
-    answer = httpx.get(f"{placer_url}/fleet/workers-wanted", trust_env=False)
-    found: dict[str, Any] = answer.raise_for_status().json()
+    """What the placer says of its workers. A 503 is no answer yet: for the first seconds of its
+    term, a placer does not know whether it has heard every worker."""
+    answers: list[httpx.Response] = []
+
+    def answered() -> bool:
+        answers.append(httpx.get(f"{placer_url}/fleet/workers-wanted", trust_env=False))
+        return answers[-1].status_code != 503
+
+    until(answered, "the placer knows its workers")
+    found: dict[str, Any] = answers[-1].raise_for_status().json()
     return found

@@ -9,7 +9,7 @@ from typing import Final
 
 from structlog.contextvars import bind_contextvars
 
-from services.gateway.asked import Read, tenant_of
+from services.gateway.asked import Read, Tenants
 from services.gateway.body import ClientGone, Held, Rejected
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
@@ -64,7 +64,7 @@ class GrpcInference:
         self._metrics = metrics
         self.config = config
         self.limits = v2.Limits(body_bytes=config.request_limit_bytes)
-        self.tenant_key = config.tenant_header.strip().lower().encode()
+        self.tenants = Tenants(config.tenant_header)
 
     async def answer(self, context: Context, correlation_id: str) -> bytes:
         """The serialised answer to one call. Raises as `Inference.answer`, and `NoMessage`."""
@@ -155,13 +155,12 @@ class GrpcAsked:
         self._received.release()
         request = v2.decode_request(body, header_length, self._inference.limits)
         traceparent, tracestate = trace_of(self.metadata)
-        key = self._inference.tenant_key
         return Read(
             request=request,
             body=body,
             header_length=header_length,
             remaining_s=self._context.time_remaining(),
-            tenant=tenant_of(self.metadata.get(key, b"")) if key else "",
+            tenant=self._inference.tenants.of(self.metadata),
             traceparent=traceparent,
             tracestate=tracestate,
         )

@@ -65,7 +65,7 @@ class HttpJobs:
         return Response(status_code=204)
 
     def _whose(self, request: Request) -> tuple[str, str]:
-        return request.path_params["job"], self._http.tenant(_headers(request))
+        return request.path_params["job"], self._http.tenants.of(_headers(request))
 
     def _told(
         self, what: Job | Ended, status: int = 200, headers: dict[str, str] | None = None

@@ -36,7 +36,6 @@ from services.gateway.infer import Inference, Replied, Taken
 from services.gateway.jobs.files import JobFiles
 from services.gateway.metrics import Metrics
 from services.gateway.routes import Routes
-from shared import v2
 from shared.broker.port import (
     Broker,
     BrokerUnavailable,
@@ -118,12 +117,11 @@ class Jobs:
 
     def _job(self, asked: Asked, taken: Taken, now_ms: int) -> Job:
         read, config = taken.read, self._config
-        wished = [] if read.remaining_s is None else [read.remaining_s]
-        timeout_us = v2.timeout_us(read.request.parameters)
-        if timeout_us is not None:
-            wished.append(timeout_us / 1e6)
         deadline = deadline_ms(
-            wished, now_ms=now_ms, default_s=config.job_timeout_s, most_s=config.job_max_timeout_s
+            read.wished_s(),
+            now_ms=now_ms,
+            default_s=config.job_timeout_s,
+            most_s=config.job_max_timeout_s,
         )
         if deadline <= now_ms:
             raise DeadlineExceeded("the deadline had passed before the job was accepted")
