@@ -16,6 +16,7 @@ from shared.names import ModelId, check_name, check_version, split_model_id
 from shared.quarantine import Held
 from shared.repository import Repository
 from shared.sharing import SharedBytes
+from shared.tenants import Quota
 
 TTL_S: Final = 2.0
 """How long an answer is believed without a hint that it has changed."""
@@ -32,6 +33,7 @@ _STANDING: Final[_Key] = ("", -4)
 _UNLOADED: Final[_Key] = ("", -1)
 _ALIASES: Final[_Key] = ("", -2)
 _QUARANTINED: Final[_Key] = ("", -3)
+_TENANTS: Final[_Key] = ("", -5)
 
 
 class _Entry(msgspec.Struct, frozen=True):
@@ -157,6 +159,12 @@ class Catalog:
     async def quarantined(self) -> Mapping[ModelId, Held]:
         """The versions that are kept from all engines since they ended too many."""
         answer = await self._ask(_QUARANTINED, self._repository.quarantined)
+        assert isinstance(answer, dict)
+        return answer
+
+    async def quotas(self) -> Mapping[str, Quota]:
+        """What tenants may take, by name, of those of whom something is said."""
+        answer = await self._ask(_TENANTS, self._repository.tenants.quotas)
         assert isinstance(answer, dict)
         return answer
 

@@ -29,6 +29,18 @@ class InvalidRequest(RoostError):
     code = "invalid_argument"
 
 
+class Unauthenticated(RoostError):
+    """No key, or one that is not known or not valid any more."""
+
+    code = "unauthenticated"
+
+
+class PermissionDenied(RoostError):
+    """The key is known and does not allow this."""
+
+    code = "permission_denied"
+
+
 class ModelNotFound(RoostError):
     """No such model, or no such version of it, is registered."""
 
@@ -96,6 +108,8 @@ class Internal(RoostError):
 STATUS: dict[str, int] = {
     "ok": 200,
     "invalid_argument": 400,
+    "unauthenticated": 401,
+    "permission_denied": 403,
     "not_found": 404,
     "conflict": 409,
     "already_exists": 409,
@@ -112,8 +126,8 @@ STATUS: dict[str, int] = {
 _BY_CODE: dict[str, type[RoostError]] = {
     cls.code: cls
     for cls in (
-        InvalidRequest, ModelNotFound, AlreadyExists, Conflict, TooLarge, Overloaded, Unavailable,
-        DeadlineExceeded, ModelFailed, Quarantined, Internal,
+        InvalidRequest, Unauthenticated, PermissionDenied, ModelNotFound, AlreadyExists, Conflict,
+        TooLarge, Overloaded, Unavailable, DeadlineExceeded, ModelFailed, Quarantined, Internal,
     )
 }  # fmt: skip
 

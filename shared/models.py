@@ -234,6 +234,8 @@ class Manifest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True)
     size_bytes: int
     created_at: float
     """Unix time of registration."""
+    tenant: str = ""
+    """Whose it is (shared.tenants): whoever registered it. Empty: nobody's in particular."""
 
     def __post_init__(self) -> None:
         ModelSpec.__post_init__(self)

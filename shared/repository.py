@@ -9,6 +9,7 @@ Layout below the root, which is a directory or any URL that fsspec can open:
     unloaded/<name>.json                                registered, but not to be asked now
     aliases/<name>@<revision>.json                      other names of its versions
     quarantine/<name>@<version>@…                       engines that ended of it
+    tenants/<name>.json                                 what a tenant may take
     jobs/                                               of gateways (services/gateway/jobs/files.py)
     tmp/                                                unfinished uploads
 
@@ -62,6 +63,7 @@ from shared.pt2 import check_model, choose
 from shared.quarantine import Death, Held, Quarantine
 from shared.sharing import SharedBytes, Sharing
 from shared.storage import open_storage
+from shared.tenants import Tenants
 from shared.tombstones import Tombstones
 from shared.triton import scan
 from shared.unloaded import Unloaded
@@ -86,6 +88,7 @@ class Repository:
         self._unloaded = Unloaded(self._storage)
         self._aliases = AliasFolder(self._storage)
         self._quarantine = Quarantine(self._storage)
+        self.tenants = Tenants(self._storage)
         self._caches: dict[str, BlobStore] = {}
         self._checked: dict[str, tuple[Format, ...]] = {}
         """What files can be run as, by digest, as far as this process has looked."""
