@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 # EMBEDDED=1 runs the demo without RabbitMQ and Redis, over their twins in memory.
-.PHONY: help demo test bench setup lint services clean
+.PHONY: help demo test bench fuzz setup lint services audit clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -21,6 +21,10 @@ bench: $(VENV)/.complete ## all benchmarks on this machine; rewrites docs/result
 	@for name in density swap oversubscribe engine overhead path connections spike goodput idle placer reality; do \
 	  $(VENV)/bin/python -m benchmarks $$name --device $(DEVICE) --save || exit 1; done
 
+fuzz: $(VENV)/.complete ## hostile bytes, searched by coverage: TARGET=all SECONDS=60 each
+	@$(VENV)/bin/python -c 'import atheris' 2>/dev/null || $(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[fuzz]'
+	@$(VENV)/bin/python -m tests.fuzz $(or $(TARGET),all) --seconds $(or $(SECONDS),60)
+
 lint: $(VENV)/.complete ## formatting, lint, types and import contracts only
 	@scripts/lint $(VENV)
 
@@ -36,5 +40,8 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 $(LEAN)/.complete: pyproject.toml constraints.txt
 	@scripts/environment $(PYTHON) $(LEAN) gateway,grpc,placer,cli,triton,test-lean
 
+audit: $(VENV)/.complete ## known weaknesses of what images install (asks an advisory service)
+	@deploy/audit $(VENV)
+
 clean: ## what the two commands made (not the pushed models in .roost)
-	rm -rf $(VENV) $(LEAN) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEAN) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz

@@ -25,6 +25,7 @@ from benchmarks import (
     path,
     placer,
     reality,
+    soak,
     spike,
     swap,
 )
@@ -44,12 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", type=int, default=0, help="density: how many should fit")
     parser.add_argument("--registered", type=int, default=0, help="density: drawn out of so many")
     parser.add_argument("--fine-tunes", type=int, default=0, help="density: of one backbone")
-    parser.add_argument("--rounds", type=int, default=0, help="swap, idle: how many")
+    parser.add_argument("--rounds", type=int, default=0, help="swap, idle, soak: how many")
     parser.add_argument("--connections", type=int, default=0, help="connections: how many")
     parser.add_argument("--minutes", type=float, default=5.0, help="faults: how long")
     parser.add_argument("--rate", type=float, default=100.0, help="faults: requests per second")
     parser.add_argument("--every", type=float, default=6.0, help="faults: seconds between two")
     parser.add_argument("--only", default="", help="faults: those whose name begins so")
+    parser.add_argument(
+        "--rolling", action="store_true", help="faults: restart all in order; nothing may fail"
+    )
+    parser.add_argument("--keep", default="", help="faults: a folder for logs and the report")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="keep the outcome in docs/results")
     return parser
@@ -102,7 +107,13 @@ def _faults(args: argparse.Namespace) -> Awaitable[Outcome]:
         rate=args.rate,
         every_s=args.every,
         only=args.only,
+        rolling=args.rolling,
+        keep=str(Path(args.keep).absolute()) if args.keep else "",
     )
+
+
+def _soak(args: argparse.Namespace) -> Awaitable[Outcome]:
+    return soak.run(args.device, cycles=args.rounds or soak.CYCLES)
 
 
 def _overhead(args: argparse.Namespace) -> Awaitable[Outcome]:
@@ -140,6 +151,7 @@ BENCHMARKS: Final[dict[str, Callable[[argparse.Namespace], Awaitable[Outcome]]]]
     "connections": _connections,
     "overhead": _overhead,
     "faults": _faults,
+    "soak": _soak,
 }
 
 

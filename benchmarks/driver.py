@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.models import Registered
 from services.worker import wire
+from services.worker.confinement.plan import Confinement
 from services.worker.core.events import EngineLost, Fact, RunBatch
 from services.worker.launch import launcher
 from services.worker.runtime import Runtime
@@ -35,7 +36,16 @@ class Engine:
     """One engine. Everything is awaited; several batches may be under way."""
 
     def __init__(self, device: str, budget_bytes: int, host_bytes: int, *, share: bool) -> None:
-        launch = launcher(device, budget_bytes, threads=1, host_bytes=host_bytes, share=share)
+        # As workers start theirs, but that it finds the models wherever they are.
+        confinement = Confinement("auto", readable=("/",))
+        launch = launcher(
+            device,
+            budget_bytes,
+            threads=1,
+            host_bytes=host_bytes,
+            share=share,
+            confinement=confinement,
+        )
         self.runtime: Final = Runtime(
             launch, self._tell, self._on_started, inbox_bytes=_BOX_BYTES, outbox_bytes=_BOX_BYTES
         )

@@ -206,6 +206,9 @@ class _Handle:
     def kill(self) -> None:
         self._loop.call_soon_threadsafe(self._life.kill)
 
+    def hush(self) -> None:
+        """It prints nothing."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measured", description=__doc__)

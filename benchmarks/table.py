@@ -147,6 +147,8 @@ class _Life:
         await asyncio.wait([self._task])
         return 0 if self._task.cancelled() or self._task.exception() is None else 1
 
+    def hush(self) -> None: ...
+
     def kill(self) -> None:
         self._task.cancel()
 

@@ -8,7 +8,19 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from roost.commands import aliases, dead, explain, infer, models, quarantine, scale, up, whatif
+from roost.commands import (
+    aliases,
+    dead,
+    explain,
+    infer,
+    keys,
+    models,
+    quarantine,
+    scale,
+    up,
+    whatif,
+)
+from roost.trust import note_options
 from shared.errors import RoostError
 
 URL = os.environ.get("ROOST_URL", "http://127.0.0.1:8000")
@@ -29,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_parser(commands, PLACER_URL)
     quarantine.add_parser(commands, URL)
     dead.add_parser(commands, URL)
+    keys.add_parsers(commands)
     whatif.add_parser(commands)
     scale.add_parser(commands, PLACER_URL)
     return parser
@@ -37,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0 done, 1 refused or failed (one line says why), 2 usage."""
     arguments = build_parser().parse_args(argv)
+    note_options(arguments)
     try:
         status: int = arguments.run(arguments)
     except RoostError as error:

@@ -93,9 +93,20 @@ class Pending(msgspec.Struct, frozen=True):
     """Unix time in seconds."""
 
 
+class GivenUp(msgspec.Struct, frozen=True):
+    """A change that was pending, and never will be so."""
+
+    split: dict[int, int]
+    why: str
+    at: float
+    """Unix time in seconds."""
+
+
 class Alias(msgspec.Struct, frozen=True, omit_defaults=True):
     split: dict[int, int]
     pending: Pending | None = None
+    given_up: GivenUp | None = None
+    """The last wish, if it was given up; until the next one."""
 
     def versions(self) -> set[int]:
         """All that it leads to, or is about to."""
@@ -146,6 +157,13 @@ class Aliases(msgspec.Struct, frozen=True, omit_defaults=True):
         if alias is None or alias.pending is None:
             return self
         return self._put(name, Alias(alias.pending.split))
+
+    def give_up(self, name: str, why: str, now: float) -> Aliases:
+        """What is pending will not happen: the alias goes on to lead where it does."""
+        alias = self.aliases.get(name)
+        if alias is None or alias.pending is None:
+            return self
+        return self._put(name, Alias(alias.split, None, GivenUp(alias.pending.split, why, now)))
 
     def without(self, name: str) -> Aliases:
         rest = {each: alias for each, alias in self.aliases.items() if each != name}

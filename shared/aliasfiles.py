@@ -16,12 +16,15 @@ from typing import Final, NamedTuple
 import msgspec
 import structlog
 
-from shared.aliases import Aliases, check_alias, check_split
+from shared.aliases import MAX_ALIASES, Aliases, check_alias, check_split
 from shared.errors import Conflict, InvalidRequest
 from shared.names import check_name, is_name
 from shared.storage import Entry, Storage
 
 ALIASES: Final = "aliases"
+MAX_BYTES: Final = 256 << 10
+"""Of one document: 64 aliases of splits in 16, twice where they are pending. What is longer is
+read so far, and is no JSON then."""
 _FILE: Final = re.compile(r"([^/@]+)@([1-9][0-9]{0,17})\.json\Z")
 
 log = structlog.get_logger(__name__)
@@ -159,13 +162,19 @@ _decode: Final = msgspec.json.Decoder(Aliases).decode
 def _decoded(path: str, data: bytes) -> Aliases | None:
     """None when it is broken, which is logged; then the revision before it holds."""
     try:
-        found = _decode(data)
-        for name, alias in found.aliases.items():
-            check_alias(name)
-            check_split(alias.split)
-            if alias.pending is not None:
-                check_split(alias.pending.split)
-    except (msgspec.MsgspecError, ValueError, InvalidRequest) as error:
-        log.warning("aliases_skipped", path=path, error=str(error))
+        found = _decode(data[: MAX_BYTES + 1])
+        _check(found)
+    except (msgspec.MsgspecError, ValueError, RecursionError, InvalidRequest) as error:
+        log.warning("aliases_skipped", path=path, error=str(error)[:500])
         return None
     return found
+
+
+def _check(found: Aliases) -> None:
+    if max(len(found.aliases), len(found.gone)) > MAX_ALIASES:
+        raise InvalidRequest(f"it has more than {MAX_ALIASES} aliases")
+    for name, alias in found.aliases.items():
+        check_alias(name)
+        check_split(alias.split)
+        if alias.pending is not None:
+            check_split(alias.pending.split)

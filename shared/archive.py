@@ -28,6 +28,8 @@ RATIO_SLACK_BYTES: Final = 64 << 20
 _END: Final = struct.Struct("<4s4H2LH")
 _END64_LOCATOR: Final = struct.Struct("<4sLQL")
 _END64: Final = struct.Struct("<4sQ2H2L4Q")
+_ENTRY: Final = struct.Struct("<28x3H12x")
+"""An entry of the directory: the lengths of what follows it."""
 _LOCAL_HEADER_BYTES: Final = 30
 _LEGACY_CHECKPOINT: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _EXPORT_HINT: Final = "export with torch.jit.trace/script and .save()"
@@ -87,7 +89,8 @@ def read_archive(file: BinaryIO, what: str, hint: str) -> Archive:
         raise InvalidRequest(f"a pickle, not {what}: {hint}")
     if not head.startswith(b"PK"):
         raise InvalidRequest(f"not a zip archive, so not {what}")
-    directory_at = _find_directory(file, size)
+    directory_at, directory_bytes = _find_directory(file, size)
+    _count_entries(file, directory_at, directory_bytes)
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -113,9 +116,9 @@ def read_archive(file: BinaryIO, what: str, hint: str) -> Archive:
     return Archive(root, members, directory_at)
 
 
-def _find_directory(file: BinaryIO, size: int) -> int:
-    """Where the zip's directory begins. Checked before zipfile sees it, because zipfile reads
-    the directory whole, however long it says it is, and forgives bytes in front."""
+def _find_directory(file: BinaryIO, size: int) -> tuple[int, int]:
+    """Where the zip's directory begins, and its length. Checked before zipfile sees it, because
+    zipfile reads the directory whole, however long it says it is, and forgives bytes in front."""
     tail_at = max(0, size - _END.size - 0xFFFF)
     file.seek(tail_at)
     tail = file.read(size - tail_at)
@@ -148,15 +151,27 @@ def _find_directory(file: BinaryIO, size: int) -> int:
             "the zip archive is truncated or padded: its directory should begin at byte "
             f"{offset:,} and have {length:,} bytes, but it ends at byte {end_at:,}"
         )
-    return int(offset)
+    return int(offset), int(length)
+
+
+def _count_entries(file: BinaryIO, at: int, nbytes: int) -> None:
+    """Of the directory, whatever its end says: zipfile reads on while there are bytes, and makes
+    an object of half a kilobyte of each 46."""
+    file.seek(at)
+    directory = file.read(nbytes)
+    found = offset = 0
+    while offset + _ENTRY.size <= len(directory):
+        found += 1
+        if found > MAX_ENTRIES:
+            raise InvalidRequest(
+                f"the archive has more than the {MAX_ENTRIES:,} entries that may be"
+            )
+        name_bytes, extra_bytes, note_bytes = _ENTRY.unpack_from(directory, offset)
+        offset += _ENTRY.size + name_bytes + extra_bytes + note_bytes
 
 
 def _check_names(entries: list[zipfile.ZipInfo], what: str) -> str:
     """The one folder that holds everything."""
-    if len(entries) > MAX_ENTRIES:
-        raise InvalidRequest(
-            f"the archive has {len(entries):,} entries, at most {MAX_ENTRIES:,} may be"
-        )
     names: set[str] = set()
     for entry in entries:
         name = entry.orig_filename

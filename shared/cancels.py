@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -22,13 +22,15 @@ _MAX_AHEAD_MS: Final = 3600_000
 class Cancelled(msgspec.Struct, frozen=True, array_like=True):
     """One request."""
 
-    correlation_id: str
+    correlation_id: Annotated[str, msgspec.Meta(max_length=255)]
     deadline_ms: int
     """Unix time: afterwards the request would not run anyway."""
 
 
 _encode: Final = msgspec.msgpack.Encoder().encode
-_decode: Final = msgspec.msgpack.Decoder(tuple[Cancelled, ...]).decode
+_decode: Final = msgspec.msgpack.Decoder(
+    Annotated[tuple[Cancelled, ...], msgspec.Meta(max_length=MAX_NOTE)]
+).decode
 
 
 def encode(cancelled: Iterable[Cancelled]) -> bytes:

@@ -54,8 +54,12 @@ class Catalog:
         repository: Repository,
         ttl_s: float = TTL_S,
         clock: Callable[[], float] = time.monotonic,
+        sees: Callable[[Manifest], bool] | None = None,
     ) -> None:
+        """`sees` says whether a model exists for whoever asks at this moment (None: all do); what
+        does not is answered as if it were not registered."""
         self._repository = repository
+        self._sees = sees
         self._ttl_s = ttl_s
         self._clock = clock
         self._cached: dict[_Key, _Entry] = {}
@@ -120,6 +124,8 @@ class Catalog:
         number = None if version is None else check_version(version)
         key = (check_name(name), number)
         answer = await self._ask(key, lambda: self._look_up(name, number))
+        if self._sees is not None:
+            await self._check_seen(name, answer, self._sees)
         if isinstance(answer, ModelNotFound):
             # A fresh one each time: a raised exception collects its raisers' frames.
             raise ModelNotFound(answer.message)
@@ -128,12 +134,26 @@ class Catalog:
             raise ModelNotFound(f"model {name!r} is unloaded; load it before it is asked")
         return answer
 
+    async def _check_seen(
+        self, name: str, answer: object, sees: Callable[[Manifest], bool]
+    ) -> None:
+        """Raises `ModelNotFound`, in the words for a model that was never registered."""
+        if not isinstance(answer, Manifest):
+            # Of this version there is nothing to see, but of the model there may be.
+            answer = await self._ask((name, None), lambda: self._look_up(name, None))
+        if isinstance(answer, Manifest) and not sees(answer):
+            raise ModelNotFound(f"model {name!r} is not registered")
+
     async def ids(self, *, even_unloaded: bool = False) -> list[Manifest]:
         """Every version that can be asked, sorted by name and version."""
         answer = await self._ask(_ALL, lambda: tuple(self._repository.manifests()))
         assert isinstance(answer, tuple)
         unloaded = frozenset() if even_unloaded else await self.unloaded()
-        return [manifest for manifest in answer if manifest.name not in unloaded]
+        return [
+            manifest
+            for manifest in answer
+            if manifest.name not in unloaded and (self._sees is None or self._sees(manifest))
+        ]
 
     async def standing(self) -> list[Manifest]:
         """As `ids`, of those that are to have copies at all times."""

@@ -6,6 +6,7 @@ error names the nearest one that exists: a setting with a typing mistake must no
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import os
@@ -14,8 +15,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import msgspec
+
+from shared.tls import ClientTls, Identity, ServerTls, TlsError
 
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -23,7 +27,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 OTHER_PREFIXES: Final = ("GATEWAY", "PLACER", "WORKER", "TEST", "BENCH")
 """`ROOST_<one of these>_…` concerns somebody else: the same environment may serve several."""
 
-CLIENT_VARIABLES: Final = ("ROOST_URL", "ROOST_PLACER_URL")
+CLIENT_VARIABLES: Final = (
+    "ROOST_URL", "ROOST_PLACER_URL", "ROOST_API_KEY",
+    "ROOST_CA_FILE", "ROOST_CERT_FILE", "ROOST_KEY_FILE",
+)  # fmt: skip
 """What the `roost` command reads to find a running stack; no service's setting."""
 
 
@@ -50,6 +57,53 @@ class CommonConfig(msgspec.Struct, frozen=True, kw_only=True):
     tracing: bool = False
     """Spans of every request to an OpenTelemetry collector, as the standard `OTEL_*` variables say
     (docs/tracing.md). Needs `roost[tracing]`."""
+    tls_cert_file: str = ""
+    """What this service shows the clients of its HTTP and gRPC: the certificate, then its chain, in
+    PEM. A file that is replaced is taken from the next connection on. Empty: plain text."""
+    tls_key_file: str = ""
+    """Its key, not encrypted. Empty: `tls_cert_file` has it too."""
+    tls_client_ca_file: str = ""
+    """Who may sign the certificates of clients, which then must show one. Empty: none is asked
+    for."""
+    amqp_ca_file: str = ""
+    """Who may sign RabbitMQ's certificate, its management's too, with `amqps://` (`https://`).
+    Empty: the system's certificate authorities."""
+    amqp_cert_file: str = ""
+    """What is shown to a RabbitMQ that asks for client certificates; user and password stay."""
+    amqp_key_file: str = ""
+    redis_ca_file: str = ""
+    """The same for Redis, with `rediss://`."""
+    redis_cert_file: str = ""
+    redis_key_file: str = ""
+
+    @property
+    def tls(self) -> ServerTls | None:
+        """How this service's own ports are served; None: in plain text."""
+        if not self.tls_cert_file:
+            return None
+        return ServerTls(
+            cert_file=self.tls_cert_file,
+            key_file=self.tls_key_file,
+            client_ca_file=self.tls_client_ca_file,
+        )
+
+    @property
+    def amqp_tls(self) -> ClientTls:
+        return ClientTls(
+            setting="ROOST_AMQP",
+            ca_file=self.amqp_ca_file,
+            cert_file=self.amqp_cert_file,
+            key_file=self.amqp_key_file,
+        )
+
+    @property
+    def redis_tls(self) -> ClientTls:
+        return ClientTls(
+            setting="ROOST_REDIS",
+            ca_file=self.redis_ca_file,
+            cert_file=self.redis_cert_file,
+            key_file=self.redis_key_file,
+        )
 
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
@@ -85,7 +139,10 @@ def load(
             raise ConfigError(f"{variable} is not set, and has no default")
     if overrides:
         raise ConfigError(f"{cls.__name__} has no {', '.join(sorted(overrides))}")
-    return cls(**values)
+    config = cls(**values)
+    _note_secrets(msgspec.structs.asdict(config))
+    _check_tls(config)
+    return config
 
 
 def load_or_exit(cls: type[ConfigT], prefix: str) -> ConfigT:
@@ -97,6 +154,28 @@ def load_or_exit(cls: type[ConfigT], prefix: str) -> ConfigT:
         raise SystemExit(2) from None
 
 
+def _check_tls(config: CommonConfig) -> None:
+    """Raises `ConfigError` for files that cannot be used, and for those that would be ignored:
+    whoever names a certificate must not be served without."""
+    for url, files in ((config.amqp_url, config.amqp_tls), (config.redis_url, config.redis_tls)):
+        scheme = url.partition("://")[0]
+        if files and scheme not in {"amqps", "rediss"}:
+            raise ConfigError(
+                f"{files.setting}_CA_FILE or _CERT_FILE is set, and {files.setting}_URL is not "
+                f"{scheme}s://: nothing would be encrypted"
+            )
+    server = config.tls
+    if server is None and (config.tls_key_file or config.tls_client_ca_file):
+        raise ConfigError("ROOST_TLS_KEY_FILE or _CLIENT_CA_FILE is set, and _CERT_FILE is not")
+    try:
+        for files in filter(None, (config.amqp_tls, config.redis_tls)):
+            files.context()
+        if server is not None:
+            Identity(server)
+    except TlsError as error:
+        raise ConfigError(str(error)) from None
+
+
 def describe(config: CommonConfig) -> dict[str, object]:
     """All settings, fit for a log line: without the passwords in URLs."""
     values = msgspec.structs.asdict(config)
@@ -106,9 +185,35 @@ def describe(config: CommonConfig) -> dict[str, object]:
     }
 
 
-def redact(url: str) -> str:
-    """The URL without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
+_PASSWORD: Final = re.compile(r"(://[^:/@\s]*):[^\s'\"]*@")
+_OPTION: Final = re.compile(
+    r"([?&][^=&\s]*(?:key|token|secret|passw|credential|signature)[^=&\s]*)=[^&#\s'\"]+",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+    """The text with no password in its URLs: not between user and host, were it written with an
+    `@` or a `/`, nor among their options."""
+    return _OPTION.sub(r"\1=***", _PASSWORD.sub(r"\1:***@", text))
+
+
+secrets: Final[set[str]] = set()
+"""Passwords in the URLs of this process's settings. Whatever quotes one in its own way (a driver's
+error, say) is logged without (shared/logs.py)."""
+_SECRET_CHARS: Final = 6
+"""Shorter ones, `guest` among them, would be found in other words."""
+
+
+def _note_secrets(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if not name.endswith("_url") or not isinstance(value, str):
+            continue
+        with contextlib.suppress(ValueError):
+            password = urlsplit(value).password or ""
+            for each in (password, unquote(password)):
+                if len(each) >= _SECRET_CHARS:
+                    secrets.add(each)
 
 
 def _parse(variable: str, text: str, kind: Any) -> Any:

@@ -38,7 +38,7 @@ def open_layout(data: bytes) -> Layout | None:
     """None when it is damaged, or of another version of this program."""
     try:
         layout = decode(_unsealed(data))
-    except (msgspec.MsgspecError, ValueError):
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     return layout if layout.version == LAYOUT_VERSION else None
 
@@ -47,7 +47,7 @@ def open_contents(data: bytes) -> Contents | None:
     """None likewise."""
     try:
         contents = _decode_contents(_unsealed(data))
-    except (msgspec.MsgspecError, ValueError):
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
     return contents if contents.version == LAYOUT_VERSION else None
 

@@ -3,7 +3,7 @@ cross one boundary (the store). Every field that is added later gets a default."
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -13,6 +13,10 @@ from shared.names import ModelId
 Tier = Literal["disk", "host", "device"]
 Phase = Literal["absent", "loading", "ready", "failed"]
 """Where a model stands on its way to the device of one worker."""
+
+
+_Positive = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+"""No NaN and no infinity: one worker's word must not spoil a plan for all."""
 
 
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -31,16 +35,16 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Messages taken from the queue and not yet acknowledged."""
     saturated: bool = False
     """The prefetch window is full: more may wait in the broker than the worker can see."""
-    requests_per_message: float = 1.0
+    requests_per_message: _Positive = 1.0
     """Of late, in the messages of the model's queue: what waits there is counted in messages."""
     arrived: int = 0
     """Requests delivered so far."""
     answered: int = 0
-    busy_s: float = 0.0
+    busy_s: _Positive = 0.0
     """Device seconds spent on this model so far."""
-    seconds_per_item: float = 0.0
+    seconds_per_item: _Positive = 0.0
     """Device seconds per request at the batch size that it reaches. 0: not known yet."""
-    load_seconds: float = 0.0
+    load_seconds: _Positive = 0.0
     """From where its weights are now to the device, as far as it was measured; once they are on
     the device, what it takes from the disk. 0: not known."""
     last_used: float = 0.0
@@ -110,7 +114,13 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     leaving: bool = False
     """The worker was asked to leave, and is told to `drain` once nothing is assigned to it. For
     the next placer, which would not know."""
+    shares: dict[str, float] = {}
+    """By tenant (`Manifest.tenant`), its weight where models of several wait for the device; 1 for
+    those that are not named. A worker asks nobody for it."""
 
+
+MAX_BYTES: Final = 32 << 20
+"""Of one message: some 100,000 models. Redis would keep half a gigabyte."""
 
 _encoder = msgspec.msgpack.Encoder()
 _report = msgspec.msgpack.Decoder(Report)
@@ -122,10 +132,17 @@ def encode(message: Report | Assignment) -> bytes:
 
 
 def decode_report(data: bytes) -> Report:
-    """Raises `msgspec.MsgspecError` (ValidationError, DecodeError) on anything else."""
+    """Raises `ValueError` (msgspec's errors are such) or `RecursionError` on anything else."""
+    _check_size(data)
     return _report.decode(data)
 
 
 def decode_assignment(data: bytes) -> Assignment:
-    """Raises `msgspec.MsgspecError` on anything else."""
+    """Raises as `decode_report`."""
+    _check_size(data)
     return _assignment.decode(data)
+
+
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{len(data):,} bytes, at most {MAX_BYTES:,} are read")

@@ -8,7 +8,7 @@ the HTTP edge and for the `roost-status` header of a reply.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class RoostError(Exception):
@@ -130,6 +130,11 @@ _BY_CODE: dict[str, type[RoostError]] = {
         TooLarge, Overloaded, Unavailable, DeadlineExceeded, ModelFailed, Quarantined, Internal,
     )
 }  # fmt: skip
+
+
+ECHOING: Final = frozenset({"invalid_argument", "model_failed"})
+"""Codes whose messages quote the request, or are a model's own words about it: they are for who
+asked, and stand in no log and no trace."""
 
 
 def from_code(code: str, message: str) -> RoostError:

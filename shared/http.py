@@ -24,9 +24,12 @@ from uvicorn.protocols.http.httptools_impl import (
     HttpToolsProtocol,
     RequestResponseCycle,
 )
+from uvicorn.server import ServerState
 
+from shared.https import Connection, Failures, Gate
 from shared.names import HEADER_CODE
 from shared.nvmetrics import encoder
+from shared.tls import Identity, ServerTls
 from shared.v2 import error_body
 
 log = structlog.get_logger(__name__)
@@ -57,22 +60,29 @@ async def serve(
     grace_s: float = 10.0,
     max_connections: int = 16384,
     max_requests: int = 4096,
+    tls: ServerTls | None = None,
+    leaving: asyncio.Event | None = None,
 ) -> None:
     """Serves until `stop` is set; then takes no more connections, lets running requests finish
-    for `grace_s`, cancels the rest and returns. Cancelled itself, it drops everything at once.
+    for `grace_s`, answers the rest with 503 and returns. Cancelled itself, it drops everything at
+    once. While `leaving` is set, before `stop`, it serves as before, but each answer is the last
+    of its connection: so clients go elsewhere by themselves, and find no connection closed.
 
     `port` 0 takes a free one; `on_started` is told the real one, when connections are taken.
     Beyond `max_connections` (or what the process may open) a new connection takes the place of
     the one that has been idle for longest, and is closed at once when none is idle. Beyond
     `max_requests` running ones a request is answered with 503. The app's lifespan is not run:
-    a service's parts are begun and ended in its `app.py`. Raises `OSError` if it cannot listen.
+    a service's parts are begun and ended in its `app.py`. With `tls` nothing else is spoken.
+    Raises `OSError` if it cannot listen, `TlsError` for files that cannot be used.
     """
+    identity = None if tls is None else Identity(tls)
     listener = _listen(host, port)
     config = _Config(
-        app,
+        _told_at_the_end(app),
         crowd=_Crowd(_openable(max_connections)),
         max_requests=max_requests,
-        http=_Protocol,
+        leaving=leaving or stop,
+        http=_Protocol if identity is None else _gate(identity),
         ws="none",
         lifespan="off",
         access_log=False,
@@ -146,12 +156,12 @@ class _Crowd:
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
-        self._open: set[_Protocol] = set()
-        self._idle: dict[_Protocol, None] = {}  # the longest idle first
+        self._open: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}  # the longest idle first
         self._refused = 0
         self._told_at = -math.inf
 
-    def enter(self, connection: _Protocol) -> bool:
+    def enter(self, connection: Connection) -> bool:
         """Whether there is room for one more, if need be in an idle one's place."""
         if len(self._open) >= self._limit:
             victim = next(iter(self._idle), None)
@@ -164,15 +174,15 @@ class _Crowd:
         self._idle[connection] = None
         return True
 
-    def leave(self, connection: _Protocol) -> None:
+    def leave(self, connection: Connection) -> None:
         """It is closed, or about to be. Idempotent."""
         self._open.discard(connection)
         self._idle.pop(connection, None)
 
-    def busy(self, connection: _Protocol) -> None:
+    def busy(self, connection: Connection) -> None:
         self._idle.pop(connection, None)
 
-    def idle(self, connection: _Protocol) -> None:
+    def idle(self, connection: Connection) -> None:
         if connection in self._open:
             self._idle[connection] = None
 
@@ -186,15 +196,58 @@ class _Crowd:
 
 
 class _Config(uvicorn.Config):
-    def __init__(self, app: ASGIApp, *, crowd: _Crowd, max_requests: int, **options: Any) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        crowd: _Crowd,
+        max_requests: int,
+        leaving: asyncio.Event,
+        **options: Any,
+    ) -> None:
         # Not uvicorn's own limit: that counts idle connections against everybody's requests.
         super().__init__(app, **options)
         self.crowd = crowd
         self.max_requests = max_requests
+        self.leaving = leaving
+
+
+def _gate(identity: Identity) -> Callable[..., asyncio.Protocol]:
+    """Makes what uvicorn has made for each connection: a handshake, then its own protocol."""
+    failures = Failures()
+
+    def gate(config: _Config, server_state: ServerState, **options: Any) -> asyncio.Protocol:
+        return Gate(
+            identity,
+            config.crowd,
+            failures,
+            # Among these uvicorn closes them when it ends.
+            server_state.connections,  # type: ignore[arg-type]
+            lambda: _Protocol(config, server_state, **options),
+        )
+
+    return gate
+
+
+def _told_at_the_end(app: ASGIApp) -> ASGIApp:
+    """A request is only cancelled when the server has no more time for it."""
+
+    async def told(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            with contextlib.suppress(RuntimeError):  # its answer has begun
+                await _unavailable(send, "the service is stopping")
+
+    return told
 
 
 async def _too_busy(_scope: Scope, _receive: Receive, send: Send) -> None:
-    body = error_body("too many requests are under way")
+    await _unavailable(send, "too many requests are under way")
+
+
+async def _unavailable(send: Send, why: str) -> None:
+    body = error_body(why)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
@@ -249,6 +302,7 @@ class _Protocol(HttpToolsProtocol):
         super().__init__(config, *args, **kwargs)
         self._crowd = config.crowd
         self._max_requests = config.max_requests
+        self._leaving = config.leaving
         self._clock: asyncio.TimerHandle | None = None
         self._send_clock: asyncio.TimerHandle | None = None
         self._half_sent = False
@@ -294,6 +348,8 @@ class _Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        if self._leaving.is_set():
+            self.cycle.keep_alive = False
         self._in_body = True
         self._head_bytes = 0
         self._crowd.busy(self)

@@ -24,11 +24,13 @@ _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _decode_manifest = msgspec.json.Decoder(Manifest).decode
 
 
-def new_manifest(name: str, version: int, spec: ModelSpec, digest: str, size: int) -> Manifest:
+def new_manifest(
+    name: str, version: int, spec: ModelSpec, digest: str, size: int, tenant: str = ""
+) -> Manifest:
     fields = {field: getattr(spec, field) for field in ModelSpec.__struct_fields__}
     return Manifest(
         name=name, version=version, digest=digest, size_bytes=size, created_at=time.time(),
-        **fields,
+        tenant=tenant, **fields,
     )  # fmt: skip
 
 

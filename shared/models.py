@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -38,6 +38,13 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fal
     """An optional input may be left out of a request."""
 
 
+MAX_TENSORS: Final = 256
+"""Inputs, and outputs, of a model: as many as a request may have."""
+MAX_LABELS: Final = 64
+MAX_PARAMETERS: Final = 256
+MAX_PARAMETER_CHARS: Final = 16_384
+"""Of one value. Every service keeps every manifest in memory."""
+MAX_PREFERRED: Final = 256
 MAX_PADDING_SIZES: Final = 32
 """Each is run and measured before a model is called loaded."""
 
@@ -64,6 +71,8 @@ class Padding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             raise InvalidRequest(f"padding must have 1 to {MAX_PADDING_SIZES} sizes")
         if not _ascending(self.sizes) or not 1 <= self.sizes[0] <= self.sizes[-1] < 2**31:
             raise InvalidRequest("the sizes of padding must be ascending, each at least 1")
+        if len(self.inputs) > MAX_TENSORS or len(self.outputs) > MAX_TENSORS:
+            raise InvalidRequest(f"padding names more than {MAX_TENSORS} inputs, or outputs")
         for name, value in self.values.items():
             if name not in self.inputs:
                 raise InvalidRequest(f"padding has a value for {name!r}, which it does not pad")
@@ -88,6 +97,13 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     alone: bool = False
     """Each copy has a worker, with its engine and its device, to itself: whatever it does to an
     engine, no other model notices. It needs a worker that can be cleared for it."""
+
+    def __post_init__(self) -> None:
+        texts = [*self.worker_selector, *self.worker_selector.values(), self.spread_by or ""]
+        if len(self.worker_selector) > MAX_LABELS or any(len(text) > 256 for text in texts):
+            raise InvalidRequest(
+                f"a placement has at most {MAX_LABELS} labels, of at most 256 characters each"
+            )
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
@@ -138,6 +154,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise InvalidRequest("a stateful model cannot batch: leave max_batch_size at 0")
         for kind, specs in (("input", self.inputs), ("output", self.outputs)):
             names = [spec.name for spec in specs or ()]
+            if len(names) > MAX_TENSORS:
+                raise InvalidRequest(f"a model has at most {MAX_TENSORS} {kind}s, not {len(names)}")
             if len(set(names)) != len(names):
                 raise InvalidRequest(f"two {kind}s of the model bear the same name")
             for spec in specs or ():
@@ -153,8 +171,12 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise InvalidRequest("default_priority_level must be from 0 to 4294967295")
         if self.padding is not None:
             self._check_padding(self.padding)
+        if self.parameters:
+            _check_parameters(self.parameters)
 
     def _check_preferred(self, sizes: tuple[int, ...]) -> None:
+        if len(sizes) > MAX_PREFERRED:
+            raise InvalidRequest(f"preferred_batch_size has at most {MAX_PREFERRED} sizes")
         if not _ascending(sizes) or not 1 <= sizes[0] <= sizes[-1] <= self.max_batch_size:
             raise InvalidRequest(
                 "preferred_batch_size must be ascending, from 1 to max_batch_size, which is "
@@ -184,6 +206,20 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if self.stateful:
             return 1
         return workers if self.max_copies is None else min(workers, self.max_copies)
+
+
+def _check_parameters(parameters: dict[str, Scalar]) -> None:
+    if len(parameters) > MAX_PARAMETERS:
+        raise InvalidRequest(f"a model has at most {MAX_PARAMETERS} parameters")
+    for name, value in parameters.items():
+        size = len(value) if isinstance(value, str) else 0
+        if len(name) > 256 or size > MAX_PARAMETER_CHARS:
+            raise InvalidRequest(
+                f"parameter {name[:40]!r}: a name has at most 256 characters, a value "
+                f"{MAX_PARAMETER_CHARS:,}"
+            )
+        if type(value) is int and not -(2**63) <= value < 2**64:
+            raise InvalidRequest(f"parameter {name[:40]!r}: a number of more than 64 bits")
 
 
 def _padded(
@@ -250,13 +286,17 @@ class Manifest(ModelSpec, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Case(msgspec.Struct, frozen=True, gc=False):
     """What batches of one size were measured to take."""
 
-    rows: int
-    size: int = 0
+    rows: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    size: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
     """Of the padded dimension; 0 for a model without one."""
-    seconds: float = 0.0
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
     """On the device, inputs and outputs copied included; 0: not measured."""
-    workspace_bytes: int = 0
+    workspace_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
     """Peak bytes beyond the weights."""
+
+
+MAX_CASES: Final = 4096
+"""In one profile. A worker keeps some hundreds."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,11 +305,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
     device_kind: str
     """E.g. `cpu` or `cuda:NVIDIA H100 80GB HBM3`."""
-    weights_bytes: int
-    cases: tuple[Case, ...] = ()
-    load_seconds: float = 0.0
+    weights_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)]
+    cases: Annotated[tuple[Case, ...], msgspec.Meta(max_length=MAX_CASES)] = ()
+    load_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
     """From the disk to the device, warm-up included."""
-    swap_seconds: float = 0.0
+    swap_seconds: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0.0
     """From the host's memory to the device; 0: never seen."""
     measured_at: float = 0.0
 
@@ -282,8 +322,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 class Footprint(msgspec.Struct, frozen=True, gc=False):
     """What one model takes of a device."""
 
-    weights_bytes: int
-    workspace_bytes: int = 0
+    weights_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    workspace_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     measured: bool = True
     """False: an estimate from the file's size, before the first load."""
     shares: tuple[Share, ...] = ()

@@ -62,7 +62,10 @@ def family(name: str, text: str = "") -> Metric:
 
 def encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
     """What writes a registry down in the format that the header asks for, and its content type."""
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except Exception:  # noqa: BLE001 - it stumbles over versions that are none (0.22 to 0.25)
+        encode, content_type = choose_encoder("")
     if content_type.startswith("text/plain"):
         encode = partial(_with_counters, encode)
     return encode, content_type

@@ -90,7 +90,7 @@ def pack(messages: Sequence[Message]) -> Message:
         content_type=CONTENT_TYPE,
         expiration_ms=max(expirations) if len(expirations) == len(messages) else None,
         priority=first.priority,
-        persistent=first.persistent,
+        persistent=any(message.persistent for message in messages),
     )
 
 

@@ -128,7 +128,7 @@ def saved_with(file: BinaryIO) -> str:
         archive = _read(file)
         data = Records(file, archive).read("models/model.json", _MAX_PROGRAM_BYTES)
         return msgspec.json.decode(data, type=_Saved).torch_version
-    except (InvalidRequest, Unreadable, msgspec.MsgspecError, RecursionError):
+    except (InvalidRequest, Unreadable, ValueError, RecursionError):  # msgspec's are ValueErrors
         return ""
 
 

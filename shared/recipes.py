@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import BinaryIO, Final
+from typing import Annotated, BinaryIO, Final
 
 import msgspec
 
@@ -25,18 +25,18 @@ MAX_PARTS: Final = 20_000
 class Piece(msgspec.Struct, frozen=True, array_like=True):
     """A stretch of the file, and where it is kept."""
 
-    part: str
+    part: Annotated[str, msgspec.Meta(max_length=80)]
     """`sha256:…` of the part."""
-    offset: int
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**60)]
     """In the part."""
-    nbytes: int
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=2**60)]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """The pieces one after the other are the file."""
 
     size: int
-    pieces: tuple[Piece, ...]
+    pieces: Annotated[tuple[Piece, ...], msgspec.Meta(max_length=2 * MAX_PARTS + 1)]
     check: str
     """SHA-256 of the pieces as they are written here: the parts' names prove their contents, this
     proves their order."""

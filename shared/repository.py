@@ -10,6 +10,7 @@ Layout below the root, which is a directory or any URL that fsspec can open:
     aliases/<name>@<revision>.json                      other names of its versions
     quarantine/<name>@<version>@…                       engines that ended of it
     tenants/<name>.json                                 what a tenant may take
+    keys/<id>.json                                      API keys, without their secrets
     jobs/                                               of gateways (services/gateway/jobs/files.py)
     tmp/                                                unfinished uploads
 
@@ -36,12 +37,14 @@ from shared.blobs import BlobStore, BlobWriter, check_digest
 from shared.errors import (
     AlreadyExists,
     Conflict,
+    Internal,
     InvalidRequest,
     ModelNotFound,
     RoostError,
     Unavailable,
 )
 from shared.files import Collected, ModelFiles
+from shared.keys import Keys
 from shared.layout import Extent, Layout
 from shared.listing import Listing
 from shared.manifests import (
@@ -89,6 +92,7 @@ class Repository:
         self._aliases = AliasFolder(self._storage)
         self._quarantine = Quarantine(self._storage)
         self.tenants = Tenants(self._storage)
+        self.keys = Keys(self._storage)
         self._caches: dict[str, BlobStore] = {}
         self._checked: dict[str, tuple[Format, ...]] = {}
         """What files can be run as, by digest, as far as this process has looked."""
@@ -167,26 +171,42 @@ class Repository:
 
     # --- versions -----------------------------------------------------------------------
 
-    def register(self, name: str, version: int | None, spec: ModelSpec, digest: str) -> Manifest:
+    def register(
+        self,
+        name: str,
+        version: int | None,
+        spec: ModelSpec,
+        digest: str,
+        tenant: str | None = None,
+    ) -> Manifest:
         """Makes a stored file a version of a model; durable on return.
+
+        It is `tenant`'s (empty: nobody's in particular); None: of whoever has the name, and
+        nobody's if it is new. All versions of a name are one tenant's.
 
         `version=None` takes the number above all that were ever used, unless the newest version
         is just this already. Registering the same again returns the manifest that is there; a
         removed version comes back as it was. A spec that names no format gets the file's. Raises
-        `AlreadyExists` when the version holds, or held, something else, `InvalidRequest` when
-        the file is not there or not what the spec says it is.
+        `AlreadyExists` when the version holds, or held, something else, or the name is another
+        tenant's; `InvalidRequest` when the file is not there or not what the spec says it is.
         """
         check_name(name)
+        owner = self.owner(name)
+        if owner is None:
+            owner = tenant or ""
+        elif tenant is not None and tenant != owner:
+            raise taken(name)
         if version is not None:
             version = check_version(version)
         size, formats = self._check_file(digest)
         said = None if spec.format is msgspec.UNSET else spec.format
         spec = msgspec.structs.replace(spec, format=choose(formats, said))
         for _ in range(_RACES):
-            number = version or self._next_version(name, spec, digest)
-            fresh = new_manifest(name, number, spec, digest, size)
+            number = version or self._next_version(name, spec, digest, owner)
+            fresh = new_manifest(name, number, spec, digest, size, owner)
             try:
                 self._create(fresh)
+                self._check_alone(fresh)
                 return fresh
             except FileExistsError:
                 try:
@@ -227,15 +247,36 @@ class Repository:
                     self._storage.remove(path)
                 raise FileExistsError(path)
 
+    def _check_alone(self, fresh: Manifest) -> None:
+        """Two tenants that registered a new name at the same moment both withdraw, rather than
+        share it. Raises `AlreadyExists`."""
+        others = [number for number in self.versions(fresh.name) if number != fresh.version]
+        try:
+            same = not others or self.manifest(fresh.name, others[0]).tenant == fresh.tenant
+        except RoostError:  # broken, or removed in this moment: then nobody has it
+            same = True
+        if not same:
+            with contextlib.suppress(ModelNotFound):
+                self.remove(fresh.name, fresh.version)
+            raise taken(fresh.name)
+
+    def owner(self, name: str) -> str | None:
+        """Whose model this is; None when it is not registered."""
+        versions = self.versions(name)
+        for number in reversed(versions):
+            with contextlib.suppress(ModelNotFound, Internal):  # gone just now; broken
+                return self.manifest(name, number).tenant
+        return "" if versions else None
+
     def _unused(self, name: str, newest: int) -> int:
         """The number above `newest`, as it was seen before, and all that were removed."""
         return max([newest, *self._tombstones.numbers(name)]) + 1
 
-    def _next_version(self, name: str, spec: ModelSpec, digest: str) -> int:
+    def _next_version(self, name: str, spec: ModelSpec, digest: str, tenant: str) -> int:
         newest = max(self.versions(name), default=0)
         try:
             same = newest and same_manifest(
-                self.manifest(name, newest), new_manifest(name, newest, spec, digest, 0)
+                self.manifest(name, newest), new_manifest(name, newest, spec, digest, 0, tenant)
             )
         except RoostError:  # broken, or removed in this moment: no reason to refuse a new one
             same = False
@@ -326,7 +367,8 @@ class Repository:
                 self._storage.remove_tree(profiles_path(name, number))
                 self._quarantine.forget(model_id(name, number))
         if not removed:
-            what = "is not registered" if version is None else f"has no version {version}"
+            there = version is not None and self.versions(name)
+            what = f"has no version {version}" if there else "is not registered"
             raise ModelNotFound(f"model {name!r} {what}")
         if not self.versions(name):
             self._unloaded.remove(name)  # whoever registers the name anew means to use it
@@ -415,7 +457,7 @@ class Repository:
             profile = _decode_profile(self._storage.read(path))
         except FileNotFoundError:
             return None
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             _log.warning("profile_skipped", path=path, error=str(error))
             return None
         return profile if profile.device_kind == device_kind else None
@@ -454,6 +496,11 @@ class Repository:
             except OSError as error:
                 errors[found.label] = Unavailable(f"cannot be read: {error.strerror or error}")
         return manifests, errors
+
+
+def taken(name: str) -> AlreadyExists:
+    """What is told to whoever wants a name that another tenant has."""
+    return AlreadyExists(f"the name {name!r} is taken")
 
 
 def _no_upload(digest: str) -> InvalidRequest:

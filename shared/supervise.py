@@ -7,10 +7,13 @@ import contextlib
 import os
 import random
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Final, Never
 
 import structlog
+
+from shared.config import ConfigError
 
 log = structlog.get_logger(__name__)
 
@@ -91,7 +94,8 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]], name: str = "s
 
     Returns after an orderly end. A `main` that somebody else than a signal asked to end sets the
     event itself, last. When `main` raises, or returns though nobody asked it to, that
-    is logged and the process exits with status 1 (`SystemExit`), for a supervisor to restart.
+    is logged and the process exits with status 1 (`SystemExit`), for a supervisor to restart; with
+    status 2 and one line where `main` raises `ConfigError`.
     """
 
     async def run() -> bool:
@@ -103,6 +107,9 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]], name: str = "s
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             asked = runner.run(run())
+    except ConfigError as error:  # for whoever reads the terminal; a restart would not help
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from None
     except Exception:
         log.exception("service_failed", name=name)
         raise SystemExit(1) from None

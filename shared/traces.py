@@ -29,6 +29,10 @@ _MOST_INTERVALS: Final = 31_622_400
 """A year of seconds."""
 _MOST_REQUESTS: Final = 10**9
 """Of one model in one interval."""
+MAX_BYTES: Final = 4 << 30
+"""Of all lines: some 40 million counts."""
+MAX_LINE_BYTES: Final = 64 << 20
+_STEP_BYTES: Final = 1 << 20
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _Bytes = Annotated[int, msgspec.Meta(ge=0)]
@@ -139,8 +143,9 @@ def read_trace(path: Path) -> Trace:
     for number, text in enumerate(_lines(path, data), start=1):
         try:
             line = _decoder.decode(text)
-        except msgspec.MsgspecError as error:
-            raise InvalidRequest(f"{path} line {number} is not of a trace: {error}") from error
+        except (ValueError, RecursionError, InvalidRequest) as error:
+            said = str(error)[:300]
+            raise InvalidRequest(f"{path} line {number} is not of a trace: {said}") from error
         if header is None:
             if not isinstance(line, Header) or line.format != FORMAT:
                 raise InvalidRequest(f"{path} is not a trace: it does not begin with a header")
@@ -173,13 +178,24 @@ def _lines(path: Path, data: bytes) -> Iterator[bytes]:
     """Whole lines; a last member that was cut off is left out."""
     if data[:2] != b"\x1f\x8b":
         raise InvalidRequest(f"{path} is not a trace: it is no gzip file")
+    left = MAX_BYTES
     while data:
         inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-        try:
-            text = inflate.decompress(data)
-        except zlib.error as error:
-            raise InvalidRequest(f"{path} is damaged: {error}") from error
-        if not inflate.eof:
-            text = text[: text.rfind(b"\n") + 1]  # the writer was cut off here, or still writes
-        yield from text.splitlines()
+        begun = b""
+        while data and not inflate.eof:
+            try:
+                begun += inflate.decompress(data, _STEP_BYTES)
+            except zlib.error as error:
+                raise InvalidRequest(f"{path} is damaged: {error}") from error
+            data = inflate.unconsumed_tail
+            *lines, begun = begun.split(b"\n")
+            left -= sum(map(len, lines))
+            if left < 0 or len(begun) > MAX_LINE_BYTES:
+                raise InvalidRequest(
+                    f"{path} would unpack to more than {MAX_BYTES:,} bytes, or {MAX_LINE_BYTES:,} "
+                    "in one line"
+                )
+            yield from lines
+        if inflate.eof and begun:  # else the writer was cut off here, or still writes
+            yield begun
         data = inflate.unused_data

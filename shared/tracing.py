@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from shared.config import ConfigError
+from shared.errors import ECHOING
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -56,12 +57,15 @@ class Span:
             self._span.set_attributes(attributes)
 
     def fail(self, code: str, message: str = "") -> None:
-        """It ended with an error; `code` is one of `shared.errors`."""
+        """It ended with an error; `code` is one of `shared.errors`. A message that may quote the
+        request is left out."""
         from opentelemetry.trace import Status, StatusCode
 
         if not self._ended:
             self._span.set_attribute("error.type", code)
-            self._span.set_status(Status(StatusCode.ERROR, message or None))
+            self._span.set_status(
+                Status(StatusCode.ERROR, None if code in ECHOING else message or None)
+            )
 
     def end(self, at: float | None = None) -> None:
         """`at` is Unix time in seconds; now by default. A second end does nothing."""

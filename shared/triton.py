@@ -23,6 +23,8 @@ from shared.names import check_name, check_version
 CONFIG: Final = "config.pbtxt"
 DEFAULT_FILENAME: Final = "model.pt"
 MAX_CONFIG_BYTES: Final = 1 << 20
+MAX_VERSIONS: Final = 1024
+"""That a policy may name one by one."""
 
 _DATATYPES: Final[tuple[Datatype | None, ...]] = (
     None, "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
@@ -83,13 +85,7 @@ def _scan_model(filesystem: Any, name: str, path: str) -> Iterator[Found]:
     spec, filename, config = ModelSpec(), DEFAULT_FILENAME, None
     if filesystem.exists(f"{path}/{CONFIG}"):
         with filesystem.open(f"{path}/{CONFIG}", "rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-        if len(raw) > MAX_CONFIG_BYTES:
-            raise InvalidRequest(f"{CONFIG} is larger than {MAX_CONFIG_BYTES:,} bytes")
-        try:
-            config = read_config(raw.decode())
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(f"{CONFIG} is not text: {error}") from error
+            config = config_of(file.read(MAX_CONFIG_BYTES + 1))
         spec = spec_from_config(config, name)
         filename = config["default_model_filename"] or DEFAULT_FILENAME
         if "/" in filename or filename in {".", ".."}:
@@ -126,6 +122,16 @@ def _folders(filesystem: Any, path: str) -> list[tuple[str, str]]:
     if not folders and listed and filesystem.isfile(path):
         raise NotADirectoryError(path)
     return sorted(folders)
+
+
+def config_of(raw: bytes) -> dict[str, Any]:
+    """As `read_config`, of a file's content."""
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise InvalidRequest(f"{CONFIG} is larger than {MAX_CONFIG_BYTES:,} bytes")
+    try:
+        return read_config(raw.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{CONFIG} is not text: {error}") from error
 
 
 def read_config(text: str) -> dict[str, Any]:
@@ -198,7 +204,10 @@ def chosen_versions(config: dict[str, Any] | None, present: list[int]) -> list[i
     """
     policy = (config or {}).get("version_policy") or {}
     if policy.get("specific") is not None:
-        return sorted({check_version(number) for number in policy["specific"]["versions"]})
+        wanted = policy["specific"]["versions"]
+        if len(wanted) > MAX_VERSIONS:
+            raise InvalidRequest(f"version_policy names more than {MAX_VERSIONS} versions")
+        return sorted({check_version(number) for number in wanted})
     if policy.get("latest") is not None:
         return present[-max(1, policy["latest"]["num_versions"]) :]
     return present

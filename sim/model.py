@@ -126,6 +126,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
     ended: frozenset[str] = frozenset()
     """Of these workers, those that are to finish what they hold and end."""
+    shares: Mapping[str, float] = {}
+    """Of device time, by tenant, where not 1."""
 
 
 class Placing(Protocol):

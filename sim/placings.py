@@ -24,6 +24,7 @@ from shared.control import Report
 from shared.layout import aligned
 from shared.models import Footprint
 from shared.names import ModelId
+from shared.tenants import Quota
 from sim.model import Decision, SimModel, SimWorker
 
 _NOTHING: Final = Decision()
@@ -52,14 +53,16 @@ class Roost:
         name: str = "roost",
         tick_s: float = _CONFIG.tick_s,
         profiled: bool = True,
+        quotas: Mapping[str, Quota] | None = None,
     ) -> None:
         """`profiled`: footprints of all models were measured beforehand
-        (`Settings.profiled`)."""
+        (`Settings.profiled`). `quotas`: of tenants (`Manifest.tenant`)."""
         self.name = name
         self.tick_s = self._tick_s = tick_s
         self.now = 0.0
         self.policy = policy or _CONFIG.policy()
         self.knowledge = Knowledge(self.policy, clock=lambda: self.now)
+        self.knowledge.bound_tenants(quotas or {})
         self._profiled = profiled
         self._models: dict[ModelId, SimModel] = {}
         self._questions = DepthQuestions(_CONFIG.depth_questions)
@@ -175,7 +178,12 @@ class Roost:
             self._generations[worker] = knowledge.generations[worker] = generation
         if not changed:
             return _NOTHING
-        return Decision(assigned=changed, why=str(plan_)[:500], ended=frozenset(ended))
+        return Decision(
+            assigned=changed,
+            why=str(plan_)[:500],
+            ended=frozenset(ended),
+            shares=knowledge.shares,
+        )
 
     def _retire(self, depths: Mapping[ModelId, int]) -> None:
         """The queue of a model goes when nobody holds anything of it."""

@@ -172,8 +172,8 @@ class Worker:
     def assigned(self, assignment: Assignment) -> None:
         if self.alive:
             models = tuple(entry.model for entry in assignment.models)
-            drain = assignment.drain
-            self.tell(Assigned(models, assignment.fence, assignment.generation, drain))
+            drain, shares = assignment.drain, assignment.shares
+            self.tell(Assigned(models, assignment.fence, assignment.generation, drain, shares))
 
     def drain(self) -> None:
         """SIGTERM."""

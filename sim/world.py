@@ -197,6 +197,7 @@ class World:
                 generation=generation,
                 models=assigned,
                 drain=name in decision.ended,
+                shares=dict(decision.shares),
             )
             for model in models:
                 self._whys.setdefault((model, name), decision.why)

@@ -194,7 +194,7 @@ async def running(
     def on_grpc_ready(port: int) -> None:
         rig.grpc_port = port
 
-    settings = {"grpc_port": -1} | settings
+    settings = {"grpc_port": -1, "stop_delay_s": 0.0} | settings
     config = GatewayConfig(repository_url=str(tmp_path / "repository"), port=0, **settings)
     service = asyncio.create_task(
         run(

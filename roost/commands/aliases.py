@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from roost.client import RoostClient
+from roost.trust import add_ca_file
 from shared.errors import Conflict, InvalidRequest, ModelNotFound
 from shared.names import check_version
 
@@ -35,6 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     parser.add_argument("--wait", type=float, metavar="SECONDS", help="default: until it is done")
     parser.add_argument("--json", action="store_true", help="as the gateway gives it")
     parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")
+    add_ca_file(parser)
     parser.set_defaults(run=run)
 
 
@@ -76,7 +78,10 @@ def line(told: Mapping[str, Any]) -> str:
     text = f"{told['alias']}  ->  {show_split(told['split'])}"
     pending = told["pending"]
     if pending is None:
-        return text
+        given_up = told.get("given_up")
+        if given_up is None:
+            return text
+        return f"{text}  (not to {show_split(given_up['split'])}: {given_up['why']})"
     waits = "; ".join(pending["waits_for"])
     return f"{text}  (to {show_split(pending['split'])}, waits for: {waits})"
 
@@ -115,6 +120,9 @@ def _lead(client: RoostClient, arguments: argparse.Namespace) -> int:
     if told["pending"] is not None:
         return 1
     if told["split"] != wished:
+        given_up = told.get("given_up")
+        if given_up is not None and given_up["split"] == wished:
+            raise Conflict(f"it was given up: {given_up['why']}")
         raise Conflict(f"somebody else let it lead elsewhere: {line(told)}")
     return 0
 

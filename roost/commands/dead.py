@@ -17,11 +17,13 @@ from typing import Any, Final
 from roost.client import RoostClient
 from roost.commands.models import aligned
 from roost.deadletters import MAX_LETTERS, Letter, header_of, held, original, properties_of
+from roost.trust import add_ca_file
 from shared import logs
 from shared.broker.port import Broker
 from shared.config import CommonConfig, ConfigError, redact
 from shared.connect import open_broker
 from shared.errors import Conflict, InvalidRequest, ModelNotFound, RoostError, Unavailable
+from shared.tls import ClientTls, TlsError
 from shared.units import show_bytes
 
 _START_S: Final = 10.0
@@ -52,6 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     replay.add_argument("--all", action="store_true", help="all that are looked at")
     replay.add_argument("--force", action="store_true", help="also to a model that is quarantined")
     replay.add_argument("--url", default=url, help="the gateway, which knows what is quarantined")
+    add_ca_file(replay)
     purge = actions.add_parser("purge", help="remove some for good")
     purge.add_argument("--yes", action="store_true", help="all that are looked at")
     for action, work in ((ls, list_letters), (show, show_letters), (replay, replay_letters),
@@ -97,9 +100,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(url: str, arguments: argparse.Namespace) -> int:
+    tls = ClientTls(
+        setting="ROOST_AMQP",
+        ca_file=os.environ.get("ROOST_AMQP_CA_FILE", ""),
+        cert_file=os.environ.get("ROOST_AMQP_CERT_FILE", ""),
+        key_file=os.environ.get("ROOST_AMQP_KEY_FILE", ""),
+    )
     try:
-        broker = open_broker(url, "roost dead")
-    except ConfigError as error:
+        tls.context()
+        broker = open_broker(url, "roost dead", tls)
+    except (ConfigError, TlsError) as error:
         raise InvalidRequest(str(error)) from None
     try:
         try:

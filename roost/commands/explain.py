@@ -7,7 +7,8 @@ import json
 
 import httpx
 
-from roost.client import translate_error
+from roost.calls import authorization, translate_error
+from roost.trust import add_ca_file, verify, why
 from shared.aliases import check_address
 from shared.errors import Unavailable
 from shared.names import check_name
@@ -26,6 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     parser.add_argument(
         "--placer-url", default=url, help=f"the placer (default {url}, or $ROOST_PLACER_URL)"
     )
+    add_ca_file(parser)
     parser.set_defaults(run=run)
 
 
@@ -34,11 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.version:
         path += f"/{check_address(arguments.version)}"
     try:
-        answer = httpx.get(path, timeout=10, trust_env=False)
+        answer = httpx.get(
+            path, timeout=10, trust_env=False, verify=verify(path), headers=authorization()
+        )
     except httpx.HTTPError as error:
-        raise Unavailable(
-            f"no answer from {arguments.placer_url}: {str(error) or type(error).__name__}"
-        ) from error
+        raise Unavailable(f"no answer from {arguments.placer_url}: {why(path, error)}") from error
     if answer.status_code != httpx.codes.OK:
         raise translate_error(answer)
     story = answer.json()

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from roost.client import translate_error
+from roost.calls import authorization, translate_error
+from roost.trust import add_ca_file, verify, why
 from shared import v2
 from shared.errors import InvalidRequest, Unavailable
 from shared.names import HEADER_LENGTH
@@ -32,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     parser.add_argument("--json", metavar="FILE", help="a v2 request body")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds (default 60)")
     parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")
+    add_ca_file(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,7 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.version:
         model += f"/versions/{arguments.version}"
     try:
-        with httpx.Client(timeout=arguments.timeout + 5, trust_env=False) as client:
+        with httpx.Client(
+            timeout=arguments.timeout + 5,
+            trust_env=False,
+            verify=verify(model),
+            headers=authorization(),
+        ) as client:
             if arguments.json:
                 body = _read(arguments.json)
             else:
@@ -57,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
                 ).encode()
             answer = client.post(f"{model}/infer", content=body)
     except httpx.HTTPError as error:
-        raise Unavailable(
-            f"no answer from {arguments.url}: {str(error) or type(error).__name__}"
-        ) from error
+        raise Unavailable(f"no answer from {arguments.url}: {why(model, error)}") from error
     if answer.status_code != httpx.codes.OK:
         raise translate_error(answer)
     length = v2.parse_header_length(answer.headers.get(HEADER_LENGTH))

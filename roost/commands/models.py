@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from roost.client import RoostClient
+from roost.trust import add_ca_file
 from shared.errors import InvalidRequest
 from shared.models import ModelSpec
 from shared.units import show_bytes
@@ -131,3 +132,4 @@ def _read_spec(path: Path) -> ModelSpec:
 
 def _with_url(parser: argparse.ArgumentParser, url: str) -> None:
     parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")
+    add_ca_file(parser)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from roost.client import RoostClient
+from roost.trust import add_ca_file
 from shared.errors import Conflict
 
 
@@ -30,6 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
         action.add_argument(
             "--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)"
         )
+        add_ca_file(action)
 
 
 def run_ls(arguments: argparse.Namespace) -> int:

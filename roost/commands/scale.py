@@ -7,7 +7,9 @@ import asyncio
 import shlex
 import signal
 
+from roost.calls import authorization
 from roost.stack.scaler import CommandRunner, ComposeRunner, Limits, Runner, Scaler
+from roost.trust import add_ca_file, verify
 from shared import logs
 
 
@@ -37,6 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     parser.add_argument(
         "--placer-url", default=url, help=f"the placer (default {url}, or $ROOST_PLACER_URL)"
     )
+    add_ca_file(parser)
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
@@ -51,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         _runner(arguments),
         Limits(arguments.min_workers, arguments.max_workers),
         interval_s=arguments.interval,
+        verify=verify(arguments.placer_url),
+        headers=authorization(),
     )
     asyncio.run(_until_asked(scaler))
     return 0

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+from roost.calls import authorization
 from roost.local import MissingService, find_binaries
 from roost.stack.port import Stack, StackConfig, StackFailed
 from roost.stack.scaler import Limits, Scaler, StackRunner
@@ -73,6 +74,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     limits, workers = _fleet(arguments)
+    if "ROOST_TLS_CLIENT_CA_FILE" in dict(arguments.set):
+        arguments.usage_error("ROOST_TLS_CLIENT_CA_FILE: `roost up` has no certificate to ask with")
     if not arguments.embedded:
         try:
             find_binaries()
@@ -139,7 +142,9 @@ async def _follow(stack: Stack, limits: Limits) -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(stack.watch(), name="watch")
         if limits.low < limits.high:
-            scaler = Scaler(stack.placer_url, StackRunner(stack), limits)
+            headers = authorization(stack.placer_key)
+            runner = StackRunner(stack)
+            scaler = Scaler(stack.placer_url, runner, limits, verify=False, headers=headers)
             group.create_task(scaler.run(), name="scaler")
 
 

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from roost.local import Binaries, find_binaries
 from roost.local.ports import LOOPBACK, free_ports
 from roost.local.process import OwnedProcess, ServiceFailed, tail
+from shared.tls import ServerTls
 
 START_TIMEOUT_S: Final = 90.0
 _ATTEMPTS: Final = 3
@@ -40,15 +41,24 @@ class RabbitNode:
     ports; confirmed persistent messages are then still there."""
 
     def __init__(
-        self, data_dir: str | os.PathLike[str], port: int = 0, *, management: bool = True
+        self,
+        data_dir: str | os.PathLike[str],
+        port: int = 0,
+        *,
+        management: bool = True,
+        tls: ServerTls | None = None,
     ) -> None:
         """`port` 0: a free one, chosen at the first start and kept. `management`: with the
-        HTTP API and the Prometheus endpoint (some 50 MB and two seconds more)."""
+        HTTP API and the Prometheus endpoint (some 50 MB and two seconds more). `tls`: on
+        `tls_port`, and on `management_tls_port`, beside the plain ones."""
         self.data_dir = Path(data_dir).absolute()
         self.port = port
         self.management = management
         self.management_port = 0
         self.prometheus_port = 0
+        self.tls = tls
+        self.tls_port = 0
+        self.management_tls_port = 0
         self._port_is_known = port != 0
         self._dist_port = 0
         self._epmd_port = 0
@@ -210,9 +220,11 @@ class RabbitNode:
     def _choose_ports(self) -> None:
         if self._epmd_port:
             return
-        amqp, self.management_port, self.prometheus_port, self._dist_port, self._epmd_port = (
-            free_ports(5)
-        )
+        ports = free_ports(7)
+        amqp, self.management_port, self.prometheus_port, self._dist_port, self._epmd_port = ports[
+            :5
+        ]
+        self.tls_port, self.management_tls_port = ports[5:]
         self.port = self.port or amqp
 
     def _write_configuration(self) -> None:
@@ -233,6 +245,14 @@ class RabbitNode:
                 f"management.tcp.port = {self.management_port}",
                 f"prometheus.tcp.ip = {LOOPBACK}",
                 f"prometheus.tcp.port = {self.prometheus_port}",
+            ]
+        if self.tls is not None:
+            lines += [f"listeners.ssl.1 = {LOOPBACK}:{self.tls_port}", *_tls("", self.tls)]
+        if self.tls is not None and self.management:
+            lines += [
+                f"management.ssl.ip = {LOOPBACK}",
+                f"management.ssl.port = {self.management_tls_port}",
+                *_tls("management.", self.tls),
             ]
         (self.data_dir / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
         (self.data_dir / "enabled_plugins").write_text(f"[{plugins}].\n")
@@ -291,6 +311,22 @@ class RabbitNode:
         if self._epmd is not None:
             self._epmd.stop(5.0)
             self._epmd = None
+
+
+def _tls(section: str, tls: ServerTls) -> list[str]:
+    """Lines of rabbitmq.conf."""
+    name = f"{section}ssl" if section else "ssl_options"
+    lines = [
+        f"{name}.certfile = {tls.cert_file}",
+        f"{name}.keyfile = {tls.key_file or tls.cert_file}",
+    ]
+    if tls.client_ca_file:
+        lines += [
+            f"{name}.cacertfile = {tls.client_ca_file}",
+            f"{name}.verify = verify_peer",
+            f"{name}.fail_if_no_peer_cert = true",
+        ]
+    return lines
 
 
 def _listens(port: int) -> bool:

@@ -10,16 +10,22 @@ from pathlib import Path
 from roost.local import find_binaries
 from roost.local.ports import LOOPBACK, free_ports
 from roost.local.process import OwnedProcess, ServiceFailed, tail
+from shared.tls import ServerTls
 
 
 class RedisNode:
     """One Redis server. After `stop()` or `kill()` it can be started again, empty, on the same
     port."""
 
-    def __init__(self, data_dir: str | os.PathLike[str], port: int = 0) -> None:
-        """`port` 0: a free one, chosen at the first start and kept."""
+    def __init__(
+        self, data_dir: str | os.PathLike[str], port: int = 0, *, tls: ServerTls | None = None
+    ) -> None:
+        """`port` 0: a free one, chosen at the first start and kept. `tls`: on `tls_port`, beside
+        the plain one."""
         self.data_dir = Path(data_dir).absolute()
         self.port = port
+        self.tls = tls
+        self.tls_port = 0
         self._process: OwnedProcess | None = None
 
     @property
@@ -42,6 +48,9 @@ class RedisNode:
             "--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction",
             "--daemonize", "no",
         ]  # fmt: skip
+        if self.tls is not None:
+            self.tls_port = self.tls_port or free_ports(1)[0]
+            command += _tls(self.tls_port, self.tls)
         output = self.data_dir / "redis.log"
         self._process = OwnedProcess(
             "redis-server", command, env=os.environ, cwd=self.data_dir, output=output
@@ -90,3 +99,13 @@ class RedisNode:
         with socket.create_connection((LOOPBACK, self.port), timeout=2.0) as connection:
             connection.sendall(command)
             return connection.recv(64)
+
+
+def _tls(port: int, tls: ServerTls) -> list[str]:
+    options = [
+        "--tls-port", str(port),
+        "--tls-cert-file", tls.cert_file,
+        "--tls-key-file", tls.key_file or tls.cert_file,
+        "--tls-auth-clients", "yes" if tls.client_ca_file else "no",
+    ]  # fmt: skip
+    return [*options, "--tls-ca-cert-file", tls.client_ca_file] if tls.client_ca_file else options

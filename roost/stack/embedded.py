@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 from roost.local.ports import free_ports
-from roost.stack.port import StackConfig, StackFailed
+from roost.stack.port import StackConfig, StackFailed, own_key
 from roost.stack.waiting import wait_for_url, wait_for_workers
 from services.gateway.app import run as run_gateway
 from services.gateway.config import GatewayConfig
@@ -40,6 +40,7 @@ class EmbeddedStack:
         self.gateway_url = ""
         self.gateway_grpc = ""
         self.placer_url = ""
+        self.placer_key, self._further_key = own_key()
 
     async def start(self) -> None:
         config = self._config
@@ -47,10 +48,11 @@ class EmbeddedStack:
         spare = free_ports(3)
         port, placer_port = config.port or spare[0], config.placer_port or spare[1]
         grpc_port = config.grpc_port or spare[2]
-        self.gateway_url = f"http://127.0.0.1:{port}"
+        self.gateway_url = f"{config.scheme}://127.0.0.1:{port}"
         self.gateway_grpc = f"127.0.0.1:{grpc_port}" if grpc_port > 0 else ""
-        self.placer_url = f"http://127.0.0.1:{placer_port}"
-        placer = load(PlacerConfig, "PLACER", self._settings("placer"), port=placer_port)
+        self.placer_url = f"{config.scheme}://127.0.0.1:{placer_port}"
+        settings = self._settings("placer") | self._further_key
+        placer = load(PlacerConfig, "PLACER", settings, port=placer_port)
         self._spawn("placer", lambda stop, b, s: run_placer(placer, stop, broker=b, store=s))
         gateway = load(
             GatewayConfig, "GATEWAY", self._settings("gateway"), port=port, grpc_port=grpc_port
@@ -60,12 +62,15 @@ class EmbeddedStack:
             self.spawn_worker()
         await wait_for_url(f"{self.placer_url}/readyz", "the placer", self._check_alive)
         await wait_for_url(f"{self.gateway_url}/v2/health/ready", "the gateway", self._check_alive)
-        await wait_for_workers(self.placer_url, set(self._workers), self._check_alive)
+        await self._wait_for(set(self._workers))
 
     async def add_worker(self) -> str:
         worker = self.spawn_worker()
-        await wait_for_workers(self.placer_url, {worker}, self._check_alive)
+        await self._wait_for({worker})
         return worker
+
+    async def _wait_for(self, workers: set[str]) -> None:
+        await wait_for_workers(self.placer_url, workers, self._check_alive, api_key=self.placer_key)
 
     async def remove_worker(self, worker: str) -> None:
         task, stop = self._services.pop(worker)

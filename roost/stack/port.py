@@ -8,6 +8,7 @@ from typing import Protocol
 import msgspec
 
 from shared.broker.port import Broker
+from shared.keys import new_key
 
 
 class StackConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +31,17 @@ class StackConfig(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, str] = {}
     """Further ROOST_… variables for all services."""
 
+    @property
+    def scheme(self) -> str:
+        """Of the services' URLs."""
+        return "https" if self.settings.get("ROOST_TLS_CERT_FILE") else "http"
+
+
+def own_key() -> tuple[str, dict[str, str]]:
+    """A key for a stack's own placer, and the setting by which the placer knows it."""
+    key, token = new_key(scopes=("admin",), note="the stack's own")
+    return token, {"ROOST_PLACER_FURTHER_KEY": f"{key.id}:{key.sha256}"}
+
 
 class StackFailed(RuntimeError):
     """A part of the stack did not start or ended by itself; the message says which and why."""
@@ -42,6 +54,8 @@ class Stack(Protocol):
     gateway_grpc: str
     """Host and port; empty without gRPC."""
     placer_url: str
+    placer_key: str
+    """An API key by which this placer, and nobody else, may be asked, whatever keys there are."""
 
     def endpoints(self) -> dict[str, str]:
         """Where its parts can be reached, by name, for people and scripts."""

@@ -16,7 +16,7 @@ from roost.local.ports import free_ports
 from roost.local.process import OwnedProcess, ServiceFailed, tail
 from roost.local.rabbit import RabbitNode
 from roost.local.redis import RedisNode
-from roost.stack.port import StackConfig, StackFailed
+from roost.stack.port import StackConfig, StackFailed, own_key
 from roost.stack.waiting import wait_for_url, wait_for_workers
 from shared.broker.amqp import AmqpBroker
 from shared.broker.policies import apply_policies
@@ -70,6 +70,7 @@ class ProcessStack:
         self.gateway_url = ""
         self.gateway_grpc = ""
         self.placer_url = ""
+        self.placer_key, self._further_key = own_key()
 
     async def start(self) -> None:
         try:
@@ -94,10 +95,10 @@ class ProcessStack:
         spare = free_ports(3)
         port, placer_port = port or spare[0], placer_port or spare[1]
         grpc_port = config.grpc_port or spare[2]
-        self.gateway_url = f"http://127.0.0.1:{port}"
+        self.gateway_url = f"{config.scheme}://127.0.0.1:{port}"
         self.gateway_grpc = f"127.0.0.1:{grpc_port}" if grpc_port > 0 else ""
-        self.placer_url = f"http://127.0.0.1:{placer_port}"
-        self._spawn("placer", {"ROOST_PLACER_PORT": str(placer_port)})
+        self.placer_url = f"{config.scheme}://127.0.0.1:{placer_port}"
+        self._spawn("placer", {"ROOST_PLACER_PORT": str(placer_port), **self._further_key})
         ports = {"ROOST_GATEWAY_PORT": str(port), "ROOST_GATEWAY_GRPC_PORT": str(grpc_port)}
         self._spawn("gateway", ports)
         for _ in range(config.workers):
@@ -105,12 +106,15 @@ class ProcessStack:
         # 3. Ready is what answers, not what was started.
         await wait_for_url(f"{self.placer_url}/readyz", "the placer", self._check_alive)
         await wait_for_url(f"{self.gateway_url}/v2/health/ready", "the gateway", self._check_alive)
-        await wait_for_workers(self.placer_url, set(self._workers), self._check_alive)
+        await self._wait_for(set(self._workers))
 
     async def add_worker(self) -> str:
         worker = self.spawn_worker()
-        await wait_for_workers(self.placer_url, {worker}, self._check_alive)
+        await self._wait_for({worker})
         return worker
+
+    async def _wait_for(self, workers: set[str]) -> None:
+        await wait_for_workers(self.placer_url, workers, self._check_alive, api_key=self.placer_key)
 
     async def remove_worker(self, worker: str) -> None:
         process, _ = self._services.pop(worker)

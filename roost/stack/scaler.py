@@ -9,8 +9,9 @@ that matters, so it may die and start at any time.
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 import httpx
@@ -88,18 +89,32 @@ class Scaler:
     """One loop between a placer and a runner."""
 
     def __init__(
-        self, placer_url: str, runner: Runner, limits: Limits, *, interval_s: float = 0.5
+        self,
+        placer_url: str,
+        runner: Runner,
+        limits: Limits,
+        *,
+        interval_s: float = 0.5,
+        verify: ssl.SSLContext | bool = True,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        """`verify` is httpx's; `headers` may show an API key."""
+        self._headers = dict(headers or {})
         self._runner = runner
         self._limits = limits
         self._interval_s = interval_s
+        self._verify = verify
         self._url = placer_url.rstrip("/")
         self._trouble = ""
 
     async def run(self) -> None:
         """For ever. A placer that does not answer or does not know yet changes nothing."""
         async with httpx.AsyncClient(
-            base_url=self._url, timeout=_TIMEOUT_S, trust_env=False
+            base_url=self._url,
+            timeout=_TIMEOUT_S,
+            trust_env=False,
+            verify=self._verify,
+            headers=self._headers,
         ) as placer:
             while True:
                 try:

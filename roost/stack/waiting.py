@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from roost.calls import authorization
 from roost.stack.port import StackFailed
 
 START_S = 90.0
@@ -20,7 +21,7 @@ async def wait_for_url(
 ) -> None:
     """Returns once `url` answers 200. `alive` raises `StackFailed` when waiting is in vain."""
     deadline = time.monotonic() + limit_s
-    async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+    async with _asking(2.0) as client:
         while True:
             alive()
             try:
@@ -34,13 +35,19 @@ async def wait_for_url(
 
 
 async def wait_for_workers(
-    placer_url: str, workers: set[str], alive: Callable[[], None], limit_s: float = START_S
+    placer_url: str,
+    workers: set[str],
+    alive: Callable[[], None],
+    limit_s: float = START_S,
+    *,
+    api_key: str = "",
 ) -> None:
     """Returns once the placer sees all these workers with a running engine."""
     deadline = time.monotonic() + limit_s
     while True:
         alive()
-        seen = {w["worker"] for w in (await fleet(placer_url))["workers"] if w["engine_up"]}
+        found = (await fleet(placer_url, api_key))["workers"]
+        seen = {worker["worker"] for worker in found if worker["engine_up"]}
         if workers <= seen:
             return
         if time.monotonic() > deadline:
@@ -49,13 +56,19 @@ async def wait_for_workers(
         await asyncio.sleep(0.1)
 
 
-async def fleet(placer_url: str) -> dict[str, Any]:
+async def fleet(placer_url: str, api_key: str = "") -> dict[str, Any]:
     """The placer's view of the fleet; an empty one while it cannot be asked."""
     try:
-        async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
-            answer = await client.get(f"{placer_url}/fleet")
+        async with _asking(5.0) as client:
+            answer = await client.get(f"{placer_url}/fleet", headers=authorization(api_key))
             answer.raise_for_status()
             found: dict[str, Any] = answer.json()
             return found
     except (httpx.HTTPError, ValueError):
         return {"workers": []}
+
+
+def _asking(timeout_s: float) -> httpx.AsyncClient:
+    # Certificates are not verified: these are our own processes on the loopback, and theirs is
+    # made out to the name that others know.
+    return httpx.AsyncClient(timeout=timeout_s, trust_env=False, verify=False)  # noqa: S501

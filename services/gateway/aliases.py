@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from services.gateway.callers import Callers
 from services.gateway.core.placement import placements
 from services.gateway.registry import Registry
 from shared.aliases import (
@@ -94,8 +95,14 @@ class AliasAdmin:
     """Changes aliases, and tells of them."""
 
     def __init__(
-        self, repository: Repository, catalog: Catalog, registry: Registry, store: Store
+        self,
+        repository: Repository,
+        catalog: Catalog,
+        registry: Registry,
+        store: Store,
+        callers: Callers,
     ) -> None:
+        self._callers = callers
         self._repository = repository
         self._catalog = catalog
         self._registry = registry
@@ -110,6 +117,7 @@ class AliasAdmin:
         if check_alias(alias) == LATEST:
             raise InvalidRequest(f"{LATEST!r} is always the highest version")
         split = wish.weights()
+        await self._callers.check_change(name)
         now = time.time()
 
         def edit(present: Aliases) -> Aliases:
@@ -124,6 +132,7 @@ class AliasAdmin:
     async def remove(self, name: str, alias: str, revision: int | None) -> None:
         """Raises `ModelNotFound`, `Conflict`."""
         check_alias(alias)
+        await self._callers.check_change(name)
 
         def edit(present: Aliases) -> Aliases:
             if alias not in present.aliases:
@@ -156,7 +165,14 @@ class AliasAdmin:
             "version": str(heaviest(found.split)),
             "split": _weights(found.split),
             "pending": None,
+            "given_up": None,
         }
+        if found.given_up is not None:
+            told["given_up"] = {
+                "split": _weights(found.given_up.split),
+                "why": found.given_up.why,
+                "at": found.given_up.at,
+            }
         if found.pending is not None:
             told["pending"] = {
                 "split": _weights(found.pending.split),

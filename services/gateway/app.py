@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import structlog
 
+from services.gateway.admin import Admin
 from services.gateway.aliases import AliasAdmin
+from services.gateway.callers import Callers, Following, sees
 from services.gateway.cancels import Cancels
 from services.gateway.config import GatewayConfig
-from services.gateway.control import Control
+from services.gateway.control import Control, metrics_row
 from services.gateway.core.admission import Admission
 from services.gateway.core.tally import Tallies
 from services.gateway.http import Gateway
@@ -30,10 +32,11 @@ from services.gateway.routes import Routes
 from services.gateway.rpc import Rpc
 from services.gateway.statistics import Statistics
 from services.gateway.status import Status
+from shared.auth import Gate
 from shared.broker.port import Broker
 from shared.catalog import Catalog
 from shared.connect import open_broker, open_store
-from shared.http import metrics_route, serve
+from shared.http import serve
 from shared.repository import Repository
 from shared.storage import open_storage
 from shared.store.port import Store, StoreUnavailable
@@ -57,20 +60,25 @@ async def run(
 
     `on_ready` gets the port once it listens, `on_grpc_ready` that of gRPC, before the other;
     `/v2/health/ready` tells when requests can be answered. Broker and store are opened from the
-    configuration unless handed in, and are started and closed here either way.
+    configuration unless handed in, and are started and closed here either way. Raises
+    `ConfigError` where it must not listen, for want of API keys.
     """
+    repository = Repository(config.repository_url)
+    gate = Gate(repository.keys, config.auth, config.host, encrypted=config.tls is not None)
+    await gate.start()
     instance = config.reply_queue_instance or uuid.uuid4().hex[:12]
-    broker = broker or open_broker(config.amqp_url, f"gateway-{instance}")
-    store = store or open_store(config.redis_url)
+    broker = broker or open_broker(config.amqp_url, f"gateway-{instance}", config.amqp_tls)
+    store = store or open_store(config.redis_url, config.redis_tls)
     metrics = Metrics()
     tracing = tracing or open_tracing(on=config.tracing, service="gateway", instance=instance)
-    repository = Repository(config.repository_url)
-    catalog = Catalog(repository)
+    catalog = Catalog(repository, sees=sees)
+    callers = Callers(gate, config.tenant_header, repository, metrics)
     admission = Admission(
         config.model_inflight_limit,
         config.inflight_bytes_limit,
-        config.tenant_inflight_limit if config.tenant_header else None,
+        config.tenant_inflight_limit,
     )
+    following = Following(gate, catalog, admission, metrics)
     metrics.held_bytes.set_function(lambda: admission.held_bytes)
     rpc = Rpc(
         broker,
@@ -80,29 +88,37 @@ async def run(
         publish_timeout_s=config.publish_timeout_s,
         reply_expires_s=config.reply_expires_s,
         reply_prefetch=config.reply_prefetch,
+        alone=not config.reply_queue_instance,
     )
     tallies = Tallies()
     registry = Registry(repository, catalog, store, metrics, tallies, config.upload_limit)
     status = Status(repository, catalog, store)
     statistics = Statistics(tallies, catalog, store, status, uuid.uuid4().hex)
     cancels = Cancels(store, metrics)
-    lifecycle = Lifecycle(repository, registry)
-    aliases = AliasAdmin(repository, catalog, registry, store)
+    lifecycle = Lifecycle(repository, registry, callers)
+    aliases = AliasAdmin(repository, catalog, registry, store, callers)
     routes = Routes(catalog)
     inference = Inference(config, routes, admission, rpc, metrics, statistics, cancels, tracing)
     files = JobFiles(open_storage(config.repository_url))
     jobs = Jobs(config, routes, admission, inference, broker, files, metrics, cancels)
-    runs = JobRuns(config, inference, broker, rpc, store, files, metrics)
+    runs = JobRuns(config, inference, broker, rpc, store, files, metrics, callers)
     sweep = JobSweep(config, broker, files)
     http = HttpInference(config, inference, tracing)
     app = Gateway(
         http,
-        Control(config, routes, status, statistics, registry, lifecycle, aliases, admission, rpc),
+        callers,
         admission,
         rpc,
-        *HttpJobs(http, jobs, admission).routes(),
-        metrics_route(metrics.registry),
-    )
+        [
+            *Control(
+                config, routes, status, statistics, registry, lifecycle, aliases, admission, rpc,
+                callers,
+            ).table(),
+            *HttpJobs(http, jobs, admission).table(),
+            *Admin(config, repository, following).table(),
+            metrics_row(config, metrics),
+        ],
+    )  # fmt: skip
 
     connected = asyncio.Event()
 
@@ -123,10 +139,20 @@ async def run(
             log.warning("store_unavailable", error=str(error))  # it does without
         await registry.follow_changes()
 
-    async def give_up_late() -> None:
+    closing = asyncio.Event()
+
+    async def leave() -> None:
         await stop.wait()
+        # 1. Nobody new: readiness is false, connections end with their answers, no job is begun.
+        rpc.leave()
+        leaving_jobs = asyncio.create_task(runs.leave(), name="leave jobs")
+        await asyncio.sleep(config.stop_delay_s)
+        # 2. The ports close, and what is under way is answered.
+        closing.set()
         await asyncio.sleep(config.stop_grace_s)
+        # 3. Whoever still waits is told.
         rpc.give_up()
+        await leaving_jobs
         await asyncio.Event().wait()
 
     def started(port: int) -> None:
@@ -140,6 +166,8 @@ async def run(
                 group.create_task(guard(task, name), name=name)
                 for name, task in (
                     ("reply queue", keep_reply_queue),
+                    ("keys", gate.follow),
+                    ("tenants", following.run),
                     ("acknowledge", rpc.acknowledge_replies),
                     ("registry", follow_registry),
                     ("prune metrics", registry.prune_metrics),
@@ -148,7 +176,7 @@ async def run(
                     ("jobs", keep_job_queues),
                     ("cancelled jobs", runs.listen),
                     ("job files", sweep.run),
-                    ("give up", give_up_late),
+                    ("leave", leave),
                 )
             ]
             # Both return when the listener is closed and the requests under way are answered;
@@ -160,14 +188,23 @@ async def run(
 
                 server = open_server(
                     config, inference, routes, status, statistics, lifecycle, admission, rpc,
-                    metrics, tracing, stop,
+                    metrics, tracing, stop, callers,
                 )  # fmt: skip
                 bound = await server.start()
                 log.info("gateway_listening_grpc", host=config.host, port=bound)
-                over_grpc = group.create_task(server.serve(stop, grace_s), name="grpc")
+                over_grpc = group.create_task(server.serve(closing, grace_s), name="grpc")
                 if on_grpc_ready is not None:
                     on_grpc_ready(bound)
-            await serve(app, config.host, config.port, stop, started, grace_s=grace_s)
+            await serve(
+                app,
+                config.host,
+                config.port,
+                closing,
+                started,
+                grace_s=grace_s,
+                tls=config.tls,
+                leaving=stop,
+            )
             if over_grpc is not None:
                 await over_grpc
             for task in background:

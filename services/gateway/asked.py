@@ -26,7 +26,6 @@ class Read(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of JSON before the raw tensors; None: all of the body is JSON."""
     remaining_s: float | None = None
     """Until the deadline that its headers name; None when they name none."""
-    tenant: str = ""
     level: int = 0
     """Its priority, as the protocol counts, when it names none itself; 0: the model's default."""
     traceparent: str | None = None
@@ -55,6 +54,8 @@ class Asked(Protocol):
     """Requests with the same one get the same version of a split; empty: by chance."""
     correlation_id: str
     """Of `Rpc.new_id`."""
+    tenant: str
+    """Whose quota it counts against; empty: nobody's."""
 
     async def read(self, manifest: Manifest, held: Held) -> Read:
         """The request itself; its bytes are counted in `held`. Called once, after the model was

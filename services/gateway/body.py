@@ -12,7 +12,8 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, ClassVar, Final
 
-from services.gateway.core.admission import Admission, Rejection
+from services.gateway.core.admission import Admission
+from services.gateway.core.quotas import Rejection
 from shared.errors import InvalidRequest, Overloaded, RoostError, TooLarge
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -45,21 +46,22 @@ class Rejected(Overloaded):
 class Held:
     """The room that one request's body takes in memory."""
 
-    __slots__ = ("_admission", "_nbytes")
+    __slots__ = ("_admission", "_nbytes", "_tenant")
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, tenant: str = "") -> None:
         self._admission = admission
+        self._tenant = tenant
         self._nbytes = 0
 
     def grow(self, nbytes: int) -> None:
-        """Raises `Rejected` when the gateway holds too much already."""
-        rejection = self._admission.hold(nbytes)
+        """Raises `Rejected` when the gateway, or the tenant, holds too much already."""
+        rejection = self._admission.hold(nbytes, self._tenant)
         if rejection is not None:
             raise Rejected(rejection)
         self._nbytes += nbytes
 
     def release(self) -> None:
-        self._admission.drop(self._nbytes)
+        self._admission.drop(self._nbytes, self._tenant)
         self._nbytes = 0
 
 

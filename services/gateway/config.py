@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from shared.auth import AuthMode
 from shared.config import CommonConfig, ConfigError
 from shared.names import REPLY_QUEUE_PREFIX
 
@@ -21,6 +22,13 @@ class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
     instance: str = ""
     """Names the reply queue, and must differ between gateways. Empty: a new random one at each
     start; a fixed one (a StatefulSet's pod name) keeps one queue across restarts."""
+    auth: AuthMode = "auto"
+    """Whether callers must show an API key (docs/security.md). `auto`: on loopback as soon as there
+    is one; with a `host` beyond loopback always, and without any key the gateway does not start.
+    `required`: always. `off`: never, for where something else keeps strangers out."""
+    metrics_open: bool = False
+    """Whether `/metrics` is told without a key where keys are asked for. Else Prometheus shows one
+    with the scope `metrics`."""
     request_limit_bytes: int = 15 * 1024 * 1024
     """RabbitMQ 4 takes messages of 16 MiB; the rest is for headers and to be safe. Counted
     after decompression."""
@@ -39,11 +47,12 @@ class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
     """Requests of one model between admission and answer: some seconds of work of a fast
     model, and one model's flood leaves room for the others."""
     tenant_header: str = ""
-    """Header that names who asks, e.g. `x-tenant`. Whatever authenticates requests in front of the
-    gateway must set it, since nothing here does. Empty: there are no tenants."""
+    """Header that names who asks, e.g. `x-tenant`. Where no API keys are asked for, whatever
+    authenticates requests in front of the gateway must set it, since nothing here does. Where they
+    are, the key says who asks, and this header counts only with a key of nobody in particular."""
     tenant_inflight_limit: int = 256
-    """Requests of one tenant between admission and answer: a quarter of one model's, so that
-    no tenant alone keeps others from a model."""
+    """Requests of one tenant between admission and answer, where its quota says nothing: a quarter
+    of one model's, so that no tenant alone keeps others from a model."""
     inflight_bytes_limit: int = 256 * 1024 * 1024
     """Request bodies held in memory, of all models together."""
     body_timeout_s: float = 30.0
@@ -69,8 +78,13 @@ class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
     gateway: enough to fill batches, and as many may stand before a request that somebody waits
     for. 0: this gateway accepts jobs and leaves running them to others."""
 
+    stop_delay_s: float = 0.5
+    """After SIGTERM new requests are still taken for so long, while readiness is false and each
+    answer closes its connection: whoever chooses among gateways goes elsewhere before this one
+    closes its port. Above the time in which your load balancer hears of it (on Kubernetes
+    seconds), and with `stop_grace_s` and 2 s more below the time after which you kill."""
     stop_grace_s: float = 6.0
-    """How long requests under way may still be answered after SIGTERM; the rest gets 503.
+    """How long requests under way may still be answered after that; the rest gets 503.
     Container engines kill after 10 s."""
 
     @property

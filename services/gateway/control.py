@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 
 from services.gateway import openapi
 from services.gateway.aliases import AliasAdmin, decode_wish, parse_revision, parse_wait
 from services.gateway.body import Held, stream_body
+from services.gateway.callers import Callers, asking
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
 from services.gateway.lifecycle import Lifecycle
+from services.gateway.metrics import Metrics
 from services.gateway.overrides import check_unload, decode_load
 from services.gateway.registry import Registry, decode_registration
 from services.gateway.routes import Routes
 from services.gateway.rpc import Rpc
 from services.gateway.statistics import Statistics
 from services.gateway.status import VERSION, Status
+from services.gateway.table import Handler, Row
 from shared.blobs import check_digest
 from shared.errors import InvalidRequest, TooLarge, Unavailable
 from shared.names import check_name, check_version
-
-Handler = Callable[[Request], Awaitable[Response]]
+from shared.nvmetrics import encoder
 
 _BODY_BYTES: Final = 1024 * 1024
 """JSON: a model's description, a filter."""
@@ -53,6 +52,7 @@ class Control:
         aliases: AliasAdmin,
         admission: Admission,
         rpc: Rpc,
+        callers: Callers,
     ) -> None:
         self._config = config
         self._routes = routes
@@ -63,44 +63,44 @@ class Control:
         self._aliases = aliases
         self._admission = admission
         self._rpc = rpc
+        self._callers = callers
 
-    def routes(self) -> list[BaseRoute]:
+    def table(self) -> list[Row]:
         model, version = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
         stored = "/v2/repository/models/{model}"
-        table: list[tuple[str, str, Handler]] = [
-            ("GET", "/v2/health/live", self.live),
-            ("GET", "/v2/health/ready", self.ready),
-            ("GET", "/v2", self.server),
-            ("GET", "/openapi.json", self.openapi),
-            ("GET", "/docs", self.page),
-            ("GET", "/v2/models/stats", self.all_statistics),  # before a model of that name
-            ("GET", model, self.metadata),
-            ("GET", version, self.metadata),
-            ("GET", f"{model}/config", self.configuration),
-            ("GET", f"{version}/config", self.configuration),
-            ("GET", f"{model}/ready", self.model_ready),
-            ("GET", f"{version}/ready", self.model_ready),
-            ("GET", f"{model}/stats", self.statistics),
-            ("GET", f"{version}/stats", self.statistics),
-            ("GET POST", "/v2/repository/index", self.index),
-            ("POST", f"{stored}/load", self.load),
-            ("POST", f"{stored}/unload", self.unload),
-            ("GET", "/v2/repository/quarantine", self.quarantined),
-            ("DELETE", f"{stored}/quarantine", self.release),
-            ("DELETE", f"{stored}/versions/{{version}}/quarantine", self.release),
-            ("HEAD", "/v2/repository/blobs/{digest}", self.find_blob),
-            ("PUT", "/v2/repository/blobs/{digest}", self._counted(self.put_blob)),
-            ("GET", stored, self.detail),
-            ("DELETE", stored, self.remove),
-            ("POST", f"{stored}/versions", self._counted(self.register)),
-            ("PUT", f"{stored}/versions/{{version}}", self._counted(self.register)),
-            ("DELETE", f"{stored}/versions/{{version}}", self.remove),
-            ("GET", f"{stored}/aliases", self.list_aliases),
-            ("GET", f"{stored}/aliases/{{alias}}", self.find_alias),
-            ("PUT", f"{stored}/aliases/{{alias}}", self.put_alias),
-            ("DELETE", f"{stored}/aliases/{{alias}}", self.remove_alias),
+        return [
+            ("GET", "/v2/health/live", "open", self.live),
+            ("GET", "/v2/health/ready", "open", self.ready),
+            ("GET", "/v2", "read", self.server),
+            ("GET", "/openapi.json", "open", self.openapi),
+            ("GET", "/docs", "open", self.page),
+            ("GET", "/v2/models/stats", "read", self.all_statistics),  # before a model of that name
+            ("GET", model, "read", self.metadata),
+            ("GET", version, "read", self.metadata),
+            ("GET", f"{model}/config", "read", self.configuration),
+            ("GET", f"{version}/config", "read", self.configuration),
+            ("GET", f"{model}/ready", "read", self.model_ready),
+            ("GET", f"{version}/ready", "read", self.model_ready),
+            ("GET", f"{model}/stats", "read", self.statistics),
+            ("GET", f"{version}/stats", "read", self.statistics),
+            ("GET POST", "/v2/repository/index", "read", self.index),
+            ("POST", f"{stored}/load", "push", self.load),
+            ("POST", f"{stored}/unload", "push", self.unload),
+            ("GET", "/v2/repository/quarantine", "admin", self.quarantined),
+            ("DELETE", f"{stored}/quarantine", "admin", self.release),
+            ("DELETE", f"{stored}/versions/{{version}}/quarantine", "admin", self.release),
+            ("HEAD", "/v2/repository/blobs/{digest}", "push", self.find_blob),
+            ("PUT", "/v2/repository/blobs/{digest}", "push", self._counted(self.put_blob)),
+            ("GET", stored, "read", self.detail),
+            ("DELETE", stored, "push", self.remove),
+            ("POST", f"{stored}/versions", "push", self._counted(self.register)),
+            ("PUT", f"{stored}/versions/{{version}}", "push", self._counted(self.register)),
+            ("DELETE", f"{stored}/versions/{{version}}", "push", self.remove),
+            ("GET", f"{stored}/aliases", "read", self.list_aliases),
+            ("GET", f"{stored}/aliases/{{alias}}", "read", self.find_alias),
+            ("PUT", f"{stored}/aliases/{{alias}}", "push", self.put_alias),
+            ("DELETE", f"{stored}/aliases/{{alias}}", "push", self.remove_alias),
         ]
-        return routes_of(table)
 
     # --- health and metadata
 
@@ -109,8 +109,10 @@ class Control:
 
     async def ready(self, _: Request) -> Response:
         """Only the way to the workers counts: models come and go without it turning."""
-        if self._rpc.ready:
+        if self._rpc.inviting:
             return _json({"ready": True})
+        if self._rpc.ready:
+            raise Unavailable("the gateway is stopping")
         raise Unavailable("the message broker is not connected")
 
     async def server(self, _: Request) -> Response:
@@ -147,7 +149,7 @@ class Control:
 
     async def load(self, request: Request) -> Response:
         name, _ = _model(request)
-        held = Held(self._admission)
+        held = Held(self._admission, asking().tenant)
         try:
             body = await self._body(request, self._config.load_limit_bytes, held)
             # Tens of megabytes of base64 would hold up everybody else.
@@ -212,10 +214,13 @@ class Control:
     async def register(self, request: Request) -> Response:
         name, version = _model(request)
         registration = decode_registration(await self._body(request))
-        return _json(await self._registry.register(name, version, registration), 201)
+        tenant = await self._callers.check_change(name, new=True)
+        return _json(await self._registry.register(name, version, registration, tenant), 201)
 
     async def remove(self, request: Request) -> Response:
-        await self._registry.remove(*_model(request))
+        name, version = _model(request)
+        await self._callers.check_change(name)
+        await self._registry.remove(name, version)
         return Response(status_code=204)
 
     # --- aliases
@@ -278,32 +283,23 @@ class Control:
         return b"".join(read)
 
 
+def metrics_row(config: GatewayConfig, metrics: Metrics) -> Row:
+    """`GET /metrics`, as Prometheus or OpenMetrics text, whichever is asked for."""
+
+    async def told(request: Request) -> Response:
+        encode, content_type = encoder(request.headers.get("accept", ""))
+        # In a thread: thousands of models' series do not hold up the event loop.
+        text = await asyncio.to_thread(encode, metrics.registry)
+        return Response(text, headers={"content-type": content_type})
+
+    return "GET", "/metrics", "open" if config.metrics_open else "metrics", told
+
+
 class _IndexFilter(msgspec.Struct):
     ready: bool = False
 
 
 _index_filters: Final = msgspec.json.Decoder(_IndexFilter)
-
-
-def routes_of(table: Iterable[tuple[str, str, Handler]]) -> list[BaseRoute]:
-    """Of methods, path and handler: one route for each path."""
-    paths: dict[str, dict[str, Handler]] = {}
-    for methods, path, handler in table:
-        for method in methods.split():
-            paths.setdefault(path, {})[method] = handler
-    return [_route(path, handlers) for path, handlers in paths.items()]
-
-
-def _route(path: str, handlers: dict[str, Handler]) -> Route:
-    async def endpoint(request: Request) -> Response:
-        # Starlette adds HEAD to GET by itself.
-        return await handlers.get(request.method, handlers.get("GET", _not_allowed))(request)
-
-    return Route(path, endpoint, methods=list(handlers))
-
-
-async def _not_allowed(_: Request) -> Response:
-    raise HTTPException(405)
 
 
 def _address(request: Request) -> tuple[str, str | None]:

@@ -6,22 +6,24 @@ Starlette's router. Whatever goes wrong is answered as `{"error": "…"}`.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any, Final
 from urllib.parse import unquote
 
 import structlog
 from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Router
+from starlette.routing import Router
 
 from services.gateway.body import ClientGone, Receive, SlowBody
-from services.gateway.control import Control
+from services.gateway.callers import Callers, asked_by
 from services.gateway.core.admission import Admission
 from services.gateway.core.jobs import NotDone
 from services.gateway.httpinfer import Answer, HttpInference
 from services.gateway.rpc import Rpc
 from services.gateway.sending import Send, send_answer, send_held
-from shared.errors import STATUS, InvalidRequest, RoostError
+from services.gateway.table import Row, routes_of
+from shared.auth import challenge
+from shared.errors import ECHOING, STATUS, InvalidRequest, RoostError
 from shared.logs import bound
 from shared.names import HEADER_CODE
 from shared.v2 import error_body
@@ -44,15 +46,17 @@ class Gateway:
     def __init__(
         self,
         inference: HttpInference,
-        control: Control,
+        callers: Callers,
         admission: Admission,
         rpc: Rpc,
-        *more_routes: BaseRoute,
+        table: Iterable[Row],
     ) -> None:
+        """`table` has everything but inference."""
         self._inference = inference
         self._admission = admission
         self._new_id = rpc.new_id
-        self._router = Router(routes=[*control.routes(), *more_routes], redirect_slashes=False)
+        self._callers = callers
+        self._router = Router(routes=routes_of(table, callers), redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,9 +92,10 @@ class Gateway:
             elif scope["method"] == "POST":
                 name, version = target
                 headers = dict(scope["headers"])
-                answer = await self._inference.answer(
-                    name, version, headers, receive, correlation_id
-                )
+                with asked_by(await self._callers.admit(headers, "infer")):
+                    answer = await self._inference.answer(
+                        name, version, headers, receive, correlation_id
+                    )
                 await send_held(sending, answer, self._admission)
             else:
                 await send_answer(sending, Answer(405, error_body("Method Not Allowed"), [_JSON]))
@@ -144,13 +149,17 @@ def _text(segment: bytes) -> str:
 async def _send_error(send: Send, error: RoostError, *, started: bool) -> None:
     status = _HTTP_ONLY.get(error.code) or STATUS.get(error.code, 500)
     if status == 500:  # the others are counted: in an outage a line each would be a flood
-        log.warning("request_failed", code=error.code, error=error.message)
+        said = "" if error.code in ECHOING else error.message
+        log.warning("request_failed", code=error.code, error=said)
     if started:
         return  # too late to say so: the connection's end tells the client
     headers = [_JSON, (_CODE, error.code.encode())]
     if error.retry_after_s is not None or status == 429:
         seconds = max(round(error.retry_after_s or 1), 1)
         headers.append((b"retry-after", str(seconds).encode()))
+    challenged = challenge(error)
+    if challenged is not None:
+        headers.append((b"www-authenticate", challenged.encode()))
     if isinstance(error, SlowBody):
         headers.append((b"connection", b"close"))
     await send_answer(send, Answer(status, error_body(error.message), headers))

@@ -8,8 +8,9 @@ from typing import Final
 
 import msgspec
 
-from services.gateway.asked import Read, Tenants
+from services.gateway.asked import Read
 from services.gateway.body import Held, Receive, read_body
+from services.gateway.callers import asking
 from services.gateway.config import GatewayConfig
 from services.gateway.encoding import compressed, wanted_coding
 from services.gateway.hangup import watching_for_hangup
@@ -55,7 +56,6 @@ class HttpInference:
         self._tracing = tracing
         self.config = config
         self.limits = v2.Limits(body_bytes=config.request_limit_bytes)
-        self.tenants = Tenants(config.tenant_header)
 
     async def answer(
         self,
@@ -99,6 +99,7 @@ class HttpAsked:
         self.version = version
         self.split_key = headers.get(_SPLIT_KEY, b"").decode("latin-1")
         self.correlation_id = correlation_id
+        self.tenant = asking().tenant
         self._http = http
         self._headers = headers
         self._receive = receive
@@ -124,7 +125,6 @@ class HttpAsked:
             body=body,
             header_length=header_length,
             remaining_s=_remaining_s(headers),
-            tenant=http.tenants.of(headers),
             traceparent=traceparent,
             tracestate=tracestate,
         )

@@ -82,17 +82,18 @@ class Inference:
         ran: Ran | None = None
         call: Call | None = None
         reply: Message | None = None
-        held = Held(self._admission)
+        tenant = asked.tenant
+        held = Held(self._admission, tenant)
         try:
             # 1. Look up: the name first, so that rubbish costs no reading.
             target = await self._routes.target(asked.name, asked.version, asked.split_key)
             manifest = target.manifest
             model = manifest.name
+            self.spend(tenant)
             # 2. Read and check: what cannot succeed ends here, before it costs a queue or a device.
             taken = await self.take(asked, target, held)
             call = self._call(asked, taken, started)
             # 3. Admit.
-            tenant = taken.read.tenant
             self._admit(model, tenant)
             # 4. Publish and await.
             answered = False
@@ -128,6 +129,7 @@ class Inference:
             seconds = time.monotonic() - started
             version = "" if manifest is None else str(manifest.version)
             self._metrics.answered(model, version, code, seconds)
+            self._metrics.of_tenant(tenant, code)
             if manifest is not None:
                 self._statistics.note(manifest.id, seconds, ran)
                 if call is None:
@@ -150,6 +152,12 @@ class Inference:
         if read.request.id is not None:
             bind_contextvars(request_id=read.request.id)  # the name by which the client will ask
         return Taken(target, read, v2.check_inputs(read.request, target.manifest))
+
+    def spend(self, tenant: str) -> None:
+        """One request more of the tenant. Raises `Rejected`."""
+        rejection = self._admission.spend(tenant, time.monotonic())
+        if rejection is not None:
+            raise Rejected(rejection)
 
     def _call(self, asked: Asked, taken: Taken, started: float) -> Call:
         read, manifest = taken.read, taken.target.manifest

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from services.gateway.callers import Callers
 from services.gateway.overrides import Loading
 from services.gateway.registry import Registry
 from shared.catalog import NEGATIVE_TTL_S, TTL_S
@@ -29,16 +30,19 @@ _MARGIN_S: Final = 0.05
 
 
 class Lifecycle:
-    def __init__(self, repository: Repository, registry: Registry) -> None:
+    def __init__(self, repository: Repository, registry: Registry, callers: Callers) -> None:
+        self._callers = callers
         self._repository = repository
         self._registry = registry
 
     async def load(self, name: str, loading: Loading) -> None:
-        """Returns when the model can be asked. Raises `ModelNotFound`; `InvalidRequest`,
-        `AlreadyExists` for what the client brings along."""
+        """Returns when the model can be asked. Raises `ModelNotFound`, `PermissionDenied`;
+        `InvalidRequest`, `AlreadyExists` for what the client brings along."""
         if loading.config is not None:
             with self._registry.counted():
                 await self._register(name, loading)
+        else:
+            await self._callers.check_change(name)
         was_unloaded = await asyncio.to_thread(self._repository.load, name)
         if was_unloaded:
             log.info("model_loaded", model=name)
@@ -48,7 +52,9 @@ class Lifecycle:
             await asyncio.sleep((NEGATIVE_TTL_S if hinted else TTL_S) + _MARGIN_S)
 
     async def unload(self, name: str) -> None:
-        """Returns when it is written down. What runs is finished. Raises `ModelNotFound`."""
+        """Returns when it is written down. What runs is finished. Raises `ModelNotFound`,
+        `PermissionDenied`."""
+        await self._callers.check_change(name)
         await asyncio.to_thread(self._repository.unload, name)
         log.info("model_unloaded", model=name)
         await self._registry.changed(name)
@@ -69,7 +75,7 @@ class Lifecycle:
         return released
 
     async def _register(self, name: str, loading: Loading) -> None:
-        present, digest = await self._newest(name)
+        tenant, present, digest = await self._newest(name, new=bool(loading.files))
         assert loading.config is not None
         if loading.files:  # they say themselves what they are
             present = msgspec.structs.replace(present, format=msgspec.UNSET)
@@ -77,20 +83,24 @@ class Lifecycle:
         if not loading.files:
             if digest is None:
                 raise ModelNotFound(f"model {name!r} is not registered")
-            await self._registry.register_file(name, None, spec, digest)
+            await self._registry.register_file(name, None, spec, digest, tenant)
             return
         for file in loading.files:
             stored, _ = await asyncio.to_thread(self._repository.put_blob, file.pieces())
             try:
-                await self._registry.register_file(name, file.version, spec, stored)
+                await self._registry.register_file(name, file.version, spec, stored, tenant)
             except InvalidRequest as error:
                 raise InvalidRequest(f"version {file.version}: {error.message}") from None
 
-    async def _newest(self, name: str) -> tuple[ModelSpec, str | None]:
-        """What is known of the model so far, as far as a Triton configuration does not say it."""
+    async def _newest(self, name: str, *, new: bool) -> tuple[str | None, ModelSpec, str | None]:
+        """For whom it is registered; and what is known of the model so far, as far as a Triton
+        configuration does not say it. Raises as `Callers.check_change`, but for what is not there
+        (for this caller), of which nothing is known."""
+        tenant = None
         try:
+            tenant = await self._callers.check_change(name, new=new)
             manifest = await asyncio.to_thread(self._repository.manifest, name)
         except ModelNotFound:
-            return ModelSpec(), None
+            return tenant, ModelSpec(), None
         fields = {field: getattr(manifest, field) for field in ModelSpec.__struct_fields__}
-        return ModelSpec(**fields), manifest.digest
+        return tenant, ModelSpec(**fields), manifest.digest

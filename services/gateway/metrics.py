@@ -7,6 +7,7 @@ asks for anything else is counted under the empty name.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -19,6 +20,7 @@ _LATE_S: Final = 5.0
 """A worker that has a request at its deadline tells of it within this long, as a rule."""
 _MOST_LOST: Final = 10_000
 """As many as the table of pending requests remembers."""
+_OTHER: Final = "other"
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -67,6 +69,21 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self._denied = Counter(
+            "roost_gateway_denied",
+            "Requests without an API key, or with one that is not enough, by error code.",
+            ("code",),
+            registry=self.registry,
+        )
+        self._tenant_requests = Counter(
+            "roost_gateway_tenant_requests",
+            "Inference requests answered, by tenant and error code (or ok, client_closed). Tenants "
+            "without a key and a quota are told together, as 'other'.",
+            ("tenant", "code"),
+            registry=self.registry,
+        )
+        self._tenants: frozenset[str] = frozenset()
+        self._tenant_children: dict[tuple[str, str], Counter] = {}
         self._pack_requests = Histogram(
             "roost_gateway_pack_requests",
             "Requests in each message to a model's queue.",
@@ -152,6 +169,28 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
+
+    def denied(self, code: str) -> None:
+        """Somebody was not let in."""
+        self._denied.labels(code).inc()
+
+    def of_tenant(self, tenant: str, code: str) -> None:
+        """One inference request of a tenant ended. An empty one is nobody."""
+        if not tenant:
+            return
+        key = (tenant if tenant in self._tenants else _OTHER, code)
+        child = self._tenant_children.get(key)
+        if child is None:
+            child = self._tenant_children[key] = self._tenant_requests.labels(*key)
+        child.inc()
+
+    def name_tenants(self, tenants: Iterable[str]) -> None:
+        """These have series of their own; what others had goes."""
+        self._tenants = frozenset(tenants)
+        kept = self._tenants | {_OTHER}
+        for key in [key for key in self._tenant_children if key[0] not in kept]:
+            del self._tenant_children[key]
+            self._tenant_requests.remove(*key)
 
     def job(self, state: str) -> None:
         """A job came into this state."""

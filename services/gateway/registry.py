@@ -116,19 +116,31 @@ class Registry:
         return size
 
     async def register(
-        self, name: str, version: int | None, registration: Registration
+        self,
+        name: str,
+        version: int | None,
+        registration: Registration,
+        tenant: str | None = None,
     ) -> Manifest:
-        """Registers a version (None: the next). The same again gives the same manifest.
+        """Registers a version (None: the next) for a tenant (None: whoever has the name). The same
+        again gives the same manifest.
 
         Raises `InvalidRequest` (no such file, or not a model), `AlreadyExists`."""
         digest = check_digest(registration.digest)
-        return await self.register_file(name, version, registration.spec, digest)
+        return await self.register_file(name, version, registration.spec, digest, tenant)
 
     async def register_file(
-        self, name: str, version: int | None, spec: ModelSpec, digest: str
+        self,
+        name: str,
+        version: int | None,
+        spec: ModelSpec,
+        digest: str,
+        tenant: str | None = None,
     ) -> Manifest:
         """Of a stored file; as `register`."""
-        manifest = await asyncio.to_thread(self._repository.register, name, version, spec, digest)
+        manifest = await asyncio.to_thread(
+            self._repository.register, name, version, spec, digest, tenant
+        )
         log.info("model_registered", model=manifest.id, digest=digest)
         await self.changed(name)
         return manifest

@@ -11,6 +11,7 @@ is declared again, and what was in it ends as expired requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,11 +22,13 @@ import structlog
 
 from services.gateway.core.packer import Packer
 from services.gateway.core.pending import Pending, Stray
+from services.gateway.doubtful import still_awaited
 from services.gateway.metrics import Metrics
 from shared import packs
 from shared.broker.port import (
     Broker,
     BrokerUnavailable,
+    ConfirmationLost,
     Consumer,
     Delivery,
     HeaderValue,
@@ -50,6 +53,9 @@ log = structlog.get_logger(__name__)
 _PATIENCE_S: Final = 0.01
 """What waits for a publish of its lane to end waits no longer: that is some times what a
 confirmation usually takes, and no broker's disk should hold up what could be under way."""
+
+_SETTLE_S: Final = 1.0
+"""After the connection is back: what did arrive has its answer by then, as a rule."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,9 +107,11 @@ class Rpc:
         publish_timeout_s: float,
         reply_expires_s: float,
         reply_prefetch: int,
+        alone: bool = False,
     ) -> None:
         """`nonce` tells this start of the gateway from earlier ones under the same instance:
-        a reply to one of those must not match."""
+        a reply to one of those must not match. `alone`: no other start will have this instance, so
+        its queue goes with it."""
         self.reply_queue = f"{REPLY_QUEUE_PREFIX}{instance}"
         self.pending: Pending[asyncio.Future[Message]] = Pending()
         self._broker = broker
@@ -112,6 +120,8 @@ class Rpc:
         self._publish_timeout_s = publish_timeout_s
         self._reply_expires_s = reply_expires_s
         self._reply_prefetch = reply_prefetch
+        self._alone = alone
+        self._leaving = False
         self._serial = 0
         self._consumer: Consumer | None = None
         self._gone = asyncio.Event()
@@ -121,6 +131,7 @@ class Rpc:
         self._unsent: dict[str, _Unsent] = {}
         self._sending: set[asyncio.Task[None]] = set()
         self.patience_s = _PATIENCE_S
+        self.settle_s = _SETTLE_S
         self._patience: dict[_Lane, asyncio.TimerHandle] = {}
         """Of the lanes in which something waits, when that goes out in any case."""
 
@@ -128,6 +139,15 @@ class Rpc:
     def ready(self) -> bool:
         """Whether a request can be sent and its answer received."""
         return self._broker.connected and self._consumer is not None and self._consumer.active
+
+    @property
+    def inviting(self) -> bool:
+        """Whether new clients are welcome: ready, and not about to end."""
+        return self.ready and not self._leaving
+
+    def leave(self) -> None:
+        """The gateway is about to end: it still answers, but should not be chosen."""
+        self._leaving = True
 
     def new_id(self) -> str:
         """A correlation id that no other call has, of whatever gateway."""
@@ -240,9 +260,14 @@ class Rpc:
         self._metrics.sent(len(calls))
         try:
             await self._broker.publish(INFER_EXCHANGE, routing_key, message, timeout_s=timeout_s)
-        except PublishUncertain:
+        except PublishUncertain as error:
             # It may have arrived: the answer is awaited as if it had, until the deadline.
             log.warning("publish_uncertain", routing_key=routing_key)
+            # One that is only not confirmed yet has arrived nearly always: twice would be load.
+            if isinstance(error, ConfirmationLost):
+                task = asyncio.create_task(self._send_again(calls), name="send again")
+                self._sending.add(task)
+                task.add_done_callback(self._sending.discard)
         except QueueFull as error:
             raise Overloaded(f"the queue of model {routing_key!r} is full") from error
         except BrokerUnavailable as error:
@@ -253,6 +278,27 @@ class Rpc:
             for call in calls:
                 if call.on_published is not None:
                     call.on_published()
+
+    async def _send_again(self, calls: Sequence[Call]) -> None:
+        """Once the connection is back: what has no answer by then may never have arrived. Where it
+        did the model runs twice, and the second answer finds nobody."""
+
+        def awaited(call: Call) -> bool:
+            return self.pending.awaits(call.correlation_id)
+
+        while calls := await still_awaited(calls, awaited, lambda: self.ready, self.settle_s):
+            now = asyncio.get_running_loop().time()
+            left = [max(call.deadline - now, 0.001) for call in calls]
+            messages = [self._message(call, s) for call, s in zip(calls, left, strict=True)]
+            message = packs.pack(messages) if len(messages) > 1 else messages[0]
+            key, timeout_s = calls[0].routing_key, min(self._publish_timeout_s, max(left))
+            try:
+                await self._broker.publish(INFER_EXCHANGE, key, message, timeout_s=timeout_s)
+            except (BrokerUnavailable, ConfirmationLost):
+                continue
+            except RoostError as error:  # the deadline ends it
+                log.warning("not_published_again", routing_key=key, error=str(error))
+            return
 
     # --- replies ----------------------------------------------------------------------------
 
@@ -332,6 +378,10 @@ class Rpc:
         if self._consumer is not None:
             await self._consumer.close()
             self._consumer = None
+            if self._alone:
+                # What still comes for it is for nobody: better said to who sends it.
+                with contextlib.suppress(RoostError):
+                    await self._broker.delete_queue(self.reply_queue)
 
 
 def _again(error: RoostError) -> RoostError:

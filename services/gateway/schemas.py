@@ -7,6 +7,7 @@ from typing import Any, Final, get_args
 from services.gateway.core.jobs import State
 from services.gateway.core.tally import Tally, statistics
 from shared.aliases import MAX_VERSIONS, MAX_WEIGHT
+from shared.keys import SCOPES
 from shared.models import Datatype
 from shared.names import HEADER_CODE
 
@@ -55,6 +56,17 @@ _PARAMETERS: Final[Json] = {
 _TENSOR: Final = _object({"name": _STRING, "datatype": _DATATYPE, "shape": _SHAPE})
 _CONFIG_TENSOR: Final = _object({"name": _STRING, "data_type": _STRING, "dims": _SHAPE})
 _NAME: Final[Json] = {"type": "string", "minLength": 1, "maxLength": 256}
+
+_MOMENT: Final[Json] = {"type": ["number", "null"], "description": "Unix time."}
+_KEY: Final[Json] = {
+    "id": _STRING,
+    "tenant": _STRING,
+    "scopes": _array({"type": "string", "enum": list(SCOPES)}),
+    "created": {"type": "number"},
+    "expires": _MOMENT,
+    "revoked": _MOMENT,
+    "note": _STRING,
+}
 
 _INDEX_ITEM: Final = _object(
     {
@@ -163,6 +175,13 @@ SCHEMAS: Final[Json] = {
                     ),
                 ]
             },
+            "given_up": {
+                "description": "The last wish, if it cannot happen: a version is quarantined.",
+                "anyOf": [
+                    {"type": "null"},
+                    _object({"split": _SPLIT, "why": _STRING, "at": {"type": "number"}}),
+                ],
+            },
         }
     ),
     "Aliases": _object({"model": _STRING, "aliases": _array(_ref("Alias"))}),
@@ -236,6 +255,11 @@ SCHEMAS: Final[Json] = {
         }
     ),
     "Released": _object({"released": _array(_STRING)}),
+    "Keys": _object({"keys": _array(_ref("KeyInfo"))}),
+    "KeyInfo": _object(_KEY, "expires", "revoked"),
+    "NewKey": _object({**_KEY, "key": {**_STRING, "description": "Told this once."}}),
+    "Tenants": _object({"tenants": _array(_ref("Tenant"))}),
+    "Tenant": _object({"tenant": _STRING, "quota": _ref("Quota")}),
     "Job": _object(
         {
             "id": _STRING,
@@ -340,6 +364,8 @@ SCHEMAS: Final[Json] = {
 
 _ERRORS: Final = {
     400: "What was sent is wrong, and would be wrong again.",
+    401: "An API key is needed, or this one is not known, has expired or was revoked.",
+    403: "The API key does not allow this.",
     404: "There is no such model or version, or it is unloaded.",
     408: "The body did not arrive in time.",
     409: "Something else is there already, or has changed meanwhile, or is still used.",
@@ -355,12 +381,15 @@ _RETRY_AFTER: Final[Json] = {
     "schema": {"type": "integer", "minimum": 1},
 }
 
+_CHALLENGE: Final[Json] = {"description": "By RFC 6750.", "schema": _STRING}
+
 RESPONSES: Final[Json] = {
     str(status): {
         "description": description,
         "headers": {
             HEADER_CODE: {"description": "The error's code.", "schema": _STRING},
             **({"Retry-After": _RETRY_AFTER} if status in {429, 503} else {}),
+            **({"WWW-Authenticate": _CHALLENGE} if status in {401, 403} else {}),
         },
         "content": {"application/json": {"schema": _ref("Error")}},
     }

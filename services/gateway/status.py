@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import structlog
 
+from services.gateway.callers import asking
 from services.gateway.core.placement import UNPLACED, Placement, placements
 from shared.catalog import Catalog
 from shared.models import Format, Manifest, TensorSpec
@@ -193,8 +194,10 @@ def _index_item(
     held: Held | None,
 ) -> dict[str, Any]:
     place = (where or {}).get(manifest.id, UNPLACED)
-    # A version that was registered since the bytes were counted has them to itself so far.
-    divided = sharing.get(manifest.id) or SharedBytes(manifest.size_bytes, 0)
+    # A version that was registered since the bytes were counted has them to itself so far; and what
+    # it shares with models that the caller may not see is none of the caller's business.
+    known = None if asking().confined else sharing.get(manifest.id)
+    divided = known or SharedBytes(manifest.size_bytes, 0)
     reason = str(place) if where is not None else ""
     if unloaded:
         reason = "unloaded"  # Triton's own word for it

@@ -117,6 +117,13 @@ class AliasKeeper:
             for version in sorted(found.versions())
         }
         bound = {v: len(self._knowledge.consumers.get(m.id, ())) for v, m in manifests.items()}
+        quarantined = await self._catalog.quarantined()
+        for version in sorted(found.pending.split if found.pending is not None else ()):
+            kept_away = quarantined.get(manifests[version].id)
+            if kept_away is not None:
+                # It will never be bound: whoever waits is told, and what serves goes on to.
+                await self._give_up(name, alias, document, kept_away.error().message)
+                return
         needs = needed(found, bound, self._most(manifests))
         for version, copies in needs.items():
             model = manifests[version].id
@@ -125,7 +132,13 @@ class AliasKeeper:
         waits = ["workers that have not reported yet"] if self._recovery.in_grace else []
         waits += missing(needs, bound)
         if not waits:
-            await self._flip(name, alias, document, found, needs)
+            flip = asyncio.create_task(self._flip(name, alias, document, found, needs))
+            try:
+                await asyncio.shield(flip)
+            except asyncio.CancelledError:
+                # The document is being written: others are told, or nobody knows for seconds.
+                await asyncio.wait([flip])
+                raise
             return
         for version, copies in needs.items():
             if bound[version] < copies:
@@ -157,6 +170,23 @@ class AliasKeeper:
                 trouble = error.message
             self._tried[model] = (now, trouble)
         return [trouble] if trouble else []
+
+    async def _give_up(self, name: str, alias: str, document: Aliases, why: str) -> None:
+        """Raises `RoostError`, `Conflict` among them: then it is looked at anew."""
+        if not self._lease.valid:
+            return
+        try:
+            fresh = await asyncio.to_thread(
+                self._repository.edit_aliases,
+                name,
+                lambda present: present.give_up(alias, why, time.time()),
+                document.revision,
+            )
+        finally:
+            self._catalog.invalidate(name)
+        self._knowledge.names.take_one(name, fresh)
+        log.warning("alias_given_up", model=name, alias=alias, why=why)
+        await self._store.hint(TOPIC_REGISTRY)
 
     async def _flip(
         self, name: str, alias: str, document: Aliases, found: Alias, needs: dict[int, int]

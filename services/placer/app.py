@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable
+from typing import Never
 
 import structlog
 
@@ -15,6 +16,7 @@ from services.placer.lease import Lease
 from services.placer.metrics import Metrics
 from services.placer.scale import Scale
 from services.placer.term import Term
+from shared.auth import Gate
 from shared.broker.policies import apply_policies, vhost_of
 from shared.broker.port import Broker
 from shared.catalog import Catalog
@@ -42,12 +44,22 @@ async def run(
 
     `on_ready` gets the port of its HTTP once that listens; `/readyz` tells whether broker and
     store answer. Broker and store are opened from the configuration unless handed in, and are
-    started and closed here either way.
+    started and closed here either way. Raises `ConfigError` where it must not listen, for want of
+    API keys.
     """
-    instance = config.instance or uuid.uuid4().hex[:12]
-    broker = broker or open_broker(config.amqp_url, f"placer-{instance}")
-    store = store or open_store(config.redis_url)
     repository = Repository(config.repository_url)
+    gate = Gate(
+        repository.keys,
+        config.auth,
+        config.host,
+        setting="ROOST_PLACER_AUTH",
+        encrypted=config.tls is not None,
+        further=config.own_key(),
+    )
+    await gate.start()
+    instance = config.instance or uuid.uuid4().hex[:12]
+    broker = broker or open_broker(config.amqp_url, f"placer-{instance}", config.amqp_tls)
+    store = store or open_store(config.redis_url, config.redis_tls)
     catalog = Catalog(repository)
     metrics = Metrics()
     tracing = tracing or open_tracing(on=config.tracing, service="placer", instance=instance)
@@ -55,7 +67,9 @@ async def run(
     lease = Lease(
         store, f"placer-{instance}", ttl_s=config.lease_ttl_s, renew_s=config.lease_renew_s
     )
-    http = PlacerHttp(broker, lease, catalog, scale, metrics)
+    http = PlacerHttp(
+        broker, lease, catalog, scale, metrics, gate, metrics_open=config.metrics_open
+    )
 
     async def lead_when_elected() -> None:
         await broker.start()
@@ -84,22 +98,36 @@ async def run(
         if on_ready is not None:
             on_ready(port)
 
+    async def leave() -> None:
+        await stop.wait()
+        # The term ends first: nothing more is written, and the next placer may begin, whoever
+        # still reads a page of this one.
+        for task in background:
+            task.cancel()
+        await asyncio.wait(background)
+        await lease.release()
+
+    background: list[asyncio.Task[Never]] = []
     try:
         async with asyncio.TaskGroup() as group:
-            background = [
+            background += [
                 group.create_task(guard(task, name), name=name)
                 for name, task in (
                     ("lease", keep_lease),
+                    ("keys", gate.follow),
+                    ("lease hints", lease.listen),
                     ("lead", lead_when_elected),
                     ("policies", lambda: _keep_policies(config)),
                 )
             ]
-            await serve(http.app, config.host, config.port, stop, started, grace_s=1)
-            for task in background:
-                task.cancel()
+            leaving = group.create_task(leave(), name="leave")
+            await serve(
+                http.app, config.host, config.port, stop, started, grace_s=1, tls=config.tls
+            )
+            await leaving
     finally:
-        # The term has ended: nothing more is written, and the next placer may begin.
-        await lease.release()
+        if lease.held.is_set():  # it was not asked to end: it failed, or was cancelled
+            await lease.release()
         await broker.close()
         await store.close()
         if tracing is not None:
@@ -128,7 +156,10 @@ async def _keep_policies(config: PlacerConfig) -> None:
     while config.management_url:
         try:
             await asyncio.to_thread(
-                apply_policies, config.management_url, vhost_of(config.amqp_url)
+                apply_policies,
+                config.management_url,
+                vhost_of(config.amqp_url),
+                tls=config.amqp_tls,
             )
         except Unavailable as error:
             log.warning("policies_not_applied", error=str(error))

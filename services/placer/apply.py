@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Final, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
@@ -32,12 +32,17 @@ log = structlog.get_logger(__name__)
 Name = TypeVar("Name", bound=str)
 
 
+_EQUAL: Final[Mapping[str, float]] = {}
+
+
 class _Written(NamedTuple):
     """What stands in the store for one worker."""
 
     models: frozenset[ModelId]
     leaving: bool = False
     drain: bool = False
+    shares: Mapping[str, float] = _EQUAL
+    """Of tenants, where not 1."""
 
 
 _ANSWER_PREFETCH = 32
@@ -81,7 +86,7 @@ class Applier:
     def adopted(self, stored: Assignment) -> None:
         """That is what stands in the store for its worker."""
         models = frozenset(each.model for each in stored.models)
-        self._written[stored.worker] = _Written(models, stored.leaving, stored.drain)
+        self._written[stored.worker] = _Written(models, stored.leaving, stored.drain, stored.shares)
 
     def told_to_end(self, worker: str) -> bool:
         """Whether the worker was told to finish and end."""
@@ -124,6 +129,7 @@ class Applier:
             written.models == wanted.keys()
             and written.leaving == leaving
             and written.drain == (leaving and not wanted)
+            and (written.shares is knowledge.shares or written.shares == knowledge.shares)
         )
 
     async def write_one(self, worker: str) -> None:
@@ -144,7 +150,8 @@ class Applier:
                 return
             leaving = worker in self._knowledge.leaving
             # It ends once others have all that it had; what it still runs it finishes.
-            now = _Written(frozenset(wanted), leaving, drain=leaving and not wanted)
+            shares = self._knowledge.shares
+            now = _Written(frozenset(wanted), leaving, leaving and not wanted, shares)
             if self._written.get(worker) == now:
                 return
             if not self._lease.valid:
@@ -157,6 +164,7 @@ class Applier:
                 models=tuple(Assigned(m, b.reason) for m, b in wanted.items()),
                 drain=now.drain,
                 leaving=now.leaving,
+                shares=shares,
             )
             if await self._store.put_assignment(assignment):
                 self._knowledge.generations[worker] = generation

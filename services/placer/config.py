@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from services.placer.core.policy import Policy
+from shared.auth import AuthMode
 from shared.config import CommonConfig, ConfigError
+from shared.errors import InvalidRequest
+from shared.keys import Key
 
 
 class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
@@ -11,6 +14,14 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
     """Loopback: what it tells names models and workers. Images say `0.0.0.0`."""
     port: int = 8003
     """Beside the gateway's 8000. 0 takes a free one."""
+    auth: AuthMode = "auto"
+    """Whether callers must show an API key with the scope `admin`, as for the gateway: what is told
+    here names models and workers of all tenants, and what can be asked for changes the fleet."""
+    metrics_open: bool = False
+    """Whether `/metrics` is told without a key where keys are asked for."""
+    further_key: str = ""
+    """One more admin key, as `<id>:<SHA-256 of its secret>`, that the registry does not have: by it
+    `roost up` asks the placer that it has started."""
     instance: str = ""
     """Holder of the lease. Empty: a new random one at each start."""
     management_url: str = ""
@@ -51,6 +62,7 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
     """These are explained in core/policy.py."""
 
     def __post_init__(self) -> None:
+        self.own_key()
         if not 0 < self.lease_renew_s < self.lease_ttl_s / 2:
             raise ConfigError(
                 "ROOST_PLACER_LEASE_RENEW_S must be above 0 and below half of "
@@ -69,6 +81,16 @@ class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
             raise ConfigError("ROOST_PLACER_RECORD_MAX_BYTES must be 65536 or more")
         if self.min_workers < 0:
             raise ConfigError("ROOST_PLACER_MIN_WORKERS must be 0 or more")
+
+    def own_key(self) -> Key | None:
+        """The further key. Raises `ConfigError`."""
+        if not self.further_key:
+            return None
+        id_, _, digest = self.further_key.partition(":")
+        try:
+            return Key(id=id_, sha256=digest, scopes=("admin",), created=0.0)
+        except InvalidRequest as error:
+            raise ConfigError(f"ROOST_PLACER_FURTHER_KEY: {error}") from None
 
     def policy(self) -> Policy:
         return Policy(

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from services.placer.core.changes import Held
+from services.placer.core.fleet import Fleet
 from services.placer.core.plan import want
+from services.placer.core.tenancy import UNBOUNDED
 from services.placer.core.view import ModelView, View
 from services.placer.core.wanted import Wanted
 from services.placer.history import Event
 from services.placer.knowledge import Knowledge
 from shared.models import Footprint, Manifest
 from shared.names import ModelId, model_queue
-from shared.quarantine import Held
+from shared.quarantine import Held as Quarantined
 
 _EVENTS = 20
 _FLEET_EVENTS = 50
 
 
 def explain(
-    knowledge: Knowledge, manifest: Manifest, quarantined: Held | None = None
+    knowledge: Knowledge, manifest: Manifest, quarantined: Quarantined | None = None
 ) -> dict[str, Any]:
     """Why one registered model is where it is, or nowhere."""
     model = manifest.id
@@ -41,6 +46,7 @@ def explain(
         "quarantined": quarantined,
         "alias": knowledge.flips.get(model),
         "demand": None if facts is None else _demand(view, facts),
+        "tenant": _tenant_of(knowledge, manifest.tenant),
         "last_placement": _placement(knowledge, model),
         "move": _move(view, model),
         "workers": [
@@ -105,6 +111,7 @@ def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
         "fence": fence,
         "workers": workers,
         "workers_wanted": {"count": wanted.workers, "reasons": list(wanted.reasons)},
+        "tenants": _tenants(knowledge),
         "active_models": len(knowledge.active),
         "retiring_models": len(knowledge.retiring),
         "refused": [
@@ -112,6 +119,34 @@ def fleet(knowledge: Knowledge, wanted: Wanted, fence: int) -> dict[str, Any]:
         ],
         "events": [_event(event) for event in list(knowledge.history.events)[-_FLEET_EVENTS:]],
     }
+
+
+def _tenants(knowledge: Knowledge) -> list[dict[str, Any]]:
+    """Those of whom something is said or who have active models, as of the last plan; none where
+    all is nobody's."""
+    known = {each.tenant: each for each in knowledge.last_plan.tenants}
+    names = sorted(known.keys() | knowledge.quotas.keys())
+    return [_tenant(knowledge, known.get(name, Held(name))) for name in names]
+
+
+def _tenant(knowledge: Knowledge, has: Held) -> dict[str, Any]:
+    quota = knowledge.quotas.get(has.tenant, UNBOUNDED)
+    return {
+        "tenant": has.tenant,
+        "share": quota.share,
+        "device_bytes": has.device_bytes,
+        "device_bytes_quota": quota.device_bytes,
+        "need_device_seconds_per_second": has.need,
+        "given_device_seconds_per_second": has.given,
+        "active_models": has.active_models,
+    }
+
+
+def _tenant_of(knowledge: Knowledge, name: str) -> dict[str, Any] | None:
+    if not name:
+        return None
+    known = {each.tenant: each for each in knowledge.last_plan.tenants}
+    return _tenant(knowledge, known.get(name, Held(name)))
 
 
 def _placement(knowledge: Knowledge, model: ModelId) -> dict[str, Any] | None:
@@ -146,8 +181,12 @@ def _move(view: View, model: ModelId) -> dict[str, Any] | None:
 
 
 def _want(view: View, facts: ModelView, knowledge: Knowledge) -> int:
-    serving = sum(worker.serves for worker in view.workers.values())
-    return want(facts, serving, knowledge.policy)
+    fleet = Fleet(view, knowledge.policy)
+    row = fleet.columns.row[facts.model]
+    need = float(fleet.columns.need[row])  # of what its tenant asks for, what it is to have
+    given = msgspec.structs.replace(facts.demand, need=need)
+    facts = msgspec.structs.replace(facts, demand=given)
+    return want(facts, fleet.serving, knowledge.policy)
 
 
 def _demand(view: View, facts: ModelView) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -15,11 +17,15 @@ from services.placer.lease import Lease
 from services.placer.metrics import Metrics
 from services.placer.scale import Scale
 from services.placer.term import Term
+from shared.auth import Gate, Need, challenge
 from shared.broker.port import Broker
 from shared.catalog import Catalog
 from shared.errors import STATUS, InvalidRequest, RoostError, Unavailable
-from shared.http import metrics_route
+from shared.logs import bound
 from shared.names import check_name
+from shared.nvmetrics import encoder
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 _DIGITS = 7
 
@@ -28,27 +34,57 @@ class PlacerHttp:
     """The ASGI application is `app`; `term` is set while this placer holds the lease."""
 
     def __init__(
-        self, broker: Broker, lease: Lease, catalog: Catalog, scale: Scale, metrics: Metrics
+        self,
+        broker: Broker,
+        lease: Lease,
+        catalog: Catalog,
+        scale: Scale,
+        metrics: Metrics,
+        gate: Gate,
+        *,
+        metrics_open: bool = False,
     ) -> None:
         self.term: Term | None = None
         self._broker = broker
         self._lease = lease
         self._catalog = catalog
         self._scale = scale
+        self._gate = gate
+
+        async def told(request: Request) -> Response:
+            encode, content_type = encoder(request.headers.get("accept", ""))
+            text = await asyncio.to_thread(encode, metrics.registry)
+            return Response(text, headers={"content-type": content_type})
+
         self.app = Starlette(
             routes=[
-                Route("/healthz", self._healthz),
-                Route("/readyz", self._readyz),
-                Route("/fleet", self._fleet),
-                Route("/fleet/workers-wanted", self._workers_wanted),
-                Route("/fleet/shrink", self._shrink, methods=["POST"]),
-                Route("/fleet/workers/{worker}/drain", self._drain, methods=["POST", "DELETE"]),
-                Route("/explain/{name}", self._explain),
-                Route("/explain/{name}/{version}", self._explain),
-                metrics_route(metrics.registry),
+                self._route("GET", "/healthz", "open", self._healthz),
+                self._route("GET", "/readyz", "open", self._readyz),
+                self._route("GET", "/fleet", "admin", self._fleet),
+                self._route("GET", "/fleet/workers-wanted", "admin", self._workers_wanted),
+                self._route("POST", "/fleet/shrink", "admin", self._shrink),
+                self._route("POST DELETE", "/fleet/workers/{worker}/drain", "admin", self._drain),
+                self._route("GET", "/explain/{name}", "admin", self._explain),
+                self._route("GET", "/explain/{name}/{version}", "admin", self._explain),
+                self._route("GET", "/metrics", "open" if metrics_open else "metrics", told),
             ],
             exception_handlers={RoostError: _refuse},
         )
+
+    def _route(self, methods: str, path: str, need: Need, handler: Handler) -> Route:
+        """Each says what it asks of its callers."""
+
+        async def endpoint(request: Request) -> Response:
+            if need == "open":
+                return await handler(request)
+            shown = dict(request.scope["headers"]).get(b"authorization")
+            caller = await self._gate.caller(shown, need)
+            if not caller.key:
+                return await handler(request)
+            with bound(api_key=caller.key):  # who changed what
+                return await handler(request)
+
+        return Route(path, endpoint, methods=methods.split())
 
     async def _healthz(self, _request: Request) -> Response:
         return _json({"status": "alive"})
@@ -131,7 +167,11 @@ def _refuse_pages(request: Request) -> None:
 
 async def _refuse(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RoostError)
-    return _json({"error": error.message}, STATUS.get(error.code, 500))
+    answer = _json({"error": error.message}, STATUS.get(error.code, 500))
+    challenged = challenge(error)
+    if challenged is not None:
+        answer.headers["www-authenticate"] = challenged
+    return answer
 
 
 def _json(value: Any, status: int = 200) -> Response:

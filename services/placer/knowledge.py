@@ -19,12 +19,13 @@ from services.placer.core.changes import Plan, Retire
 from services.placer.core.demand import DemandTracker
 from services.placer.core.news import News, header, shows_the_same
 from services.placer.core.policy import Policy
-from services.placer.core.view import Binding, FleetSince, Pace, View
+from services.placer.core.view import Binding, FleetSince, Pace, Quota, View
 from services.placer.failures import Failures
 from services.placer.history import History
 from services.placer.names import Names
 from services.placer.picture import Active, Picture
 from services.placer.worker_views import WorkerViews
+from shared import tenants
 from shared.control import ModelReport, Report
 from shared.models import Manifest
 from shared.names import ModelId, split_model_id
@@ -60,6 +61,10 @@ class Knowledge:
         """What aliases that are to lead to a version wait for, for people."""
         self.generations: dict[str, int] = {}
         """Generation of the assignment last written, by worker."""
+        self.quotas: Mapping[str, Quota] = {}
+        """What tenants may have, of those of whom something is said."""
+        self.shares: dict[str, float] = {}
+        """Of device time, by tenant, where not 1; never changed, but replaced."""
         self.leaving: set[str] = set()
         """Workers that were asked to leave, of those that report."""
         self._held: set[ModelId] = set()
@@ -285,6 +290,16 @@ class Knowledge:
         self._held = set(copies)
         self.flips = dict(flips)
 
+    def bound_tenants(self, told: Mapping[str, tenants.Quota]) -> None:
+        """From now on tenants may have so much, and all others what they like."""
+        quotas = {name: Quota(each.device_bytes, each.share) for name, each in told.items()}
+        if quotas != self.quotas:
+            self.quotas = quotas
+            shares = {name: quota.share for name, quota in quotas.items() if quota.share != 1.0}
+            self.shares = shares if shares != self.shares else self.shares
+            self.version += 1
+            self.note("quotas of tenants", why=f"{len(quotas)} tenants have some")
+
     # --- what is decided --------------------------------------------------------------------
 
     def view(self, newcomer: tuple[ModelId, Active] | None = None) -> View:
@@ -304,6 +319,7 @@ class Knowledge:
             models=models,
             fleet_since=self._fleet_since,
             pace=self._pace,
+            quotas=self.quotas,
         )
 
     def commit(self, plan: Plan) -> set[str]:

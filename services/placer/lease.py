@@ -8,12 +8,13 @@ placer that was suspended meanwhile overwrites nothing newer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
 import structlog
 
-from shared.store.port import Store, StoreUnavailable
+from shared.store.port import TOPIC_LEASE, Store, StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +43,8 @@ class Lease:
         self._renew_s = renew_s
         self._clock = clock
         self._renewed = 0.0
+        self._released = asyncio.Event()
+        """Somebody let the lease go."""
 
     @property
     def valid(self) -> bool:
@@ -51,8 +54,17 @@ class Lease:
     async def keep(self) -> None:
         """For ever: acquires, renews, steps down."""
         while True:
+            self._released.clear()
             await self.renew()
-            await asyncio.sleep(self._renew_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._renew_s):
+                    await self._released.wait()
+
+    async def listen(self) -> None:
+        """For ever: who stands by leads as soon as the lease is let go."""
+        async for _ in self._store.hints(TOPIC_LEASE):
+            if not self.held.is_set():
+                self._released.set()
 
     async def renew(self) -> None:
         # Counted from before the question: the store's clock runs from somewhere after it.
@@ -88,9 +100,12 @@ class Lease:
 
     async def release(self) -> None:
         """Lets the next one in at once. Best effort: it expires anyway."""
+        had = self.held.is_set()
         self.step_down("released")
         try:
             async with asyncio.timeout(self._ttl_s / 4):
                 await self._store.release_lease(self.holder)
+                if had:
+                    await self._store.hint(TOPIC_LEASE)
         except (StoreUnavailable, TimeoutError) as error:
             log.info("lease_not_released", reason=str(error) or "no answer")

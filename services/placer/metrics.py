@@ -9,9 +9,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from services.placer.core.changes import Held
+from services.placer.core.tenancy import UNBOUNDED
 from services.placer.knowledge import Knowledge
 from shared.nvmetrics import Failures, family, labels_of
 
+_TENANTS_SHOWN = 100
+"""Tenants with series of their own: those that hold most. The others are one together."""
+_TOGETHER = Held("_other")
+"""No tenant can have this name."""
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
@@ -92,6 +98,7 @@ class _Known(Collector):
         if knowledge is not None:
             yield from _of_models(knowledge)
             yield from _of_workers(knowledge)
+            yield from _of_tenants(knowledge)
 
 
 def _of_models(knowledge: Knowledge) -> tuple[Metric, ...]:
@@ -112,6 +119,35 @@ def _of_models(knowledge: Knowledge) -> tuple[Metric, ...]:
         depth.add_sample(depth.name, labels, active.depth)
         age.add_sample(age.name, labels, waits)
     return bindings, depth, age
+
+
+def _of_tenants(knowledge: Knowledge) -> tuple[Metric, ...]:
+    held = family("roost_placer_tenant_bytes", "What copies of its models take, on all devices.")
+    quota = family("roost_placer_tenant_quota_bytes", "What they may take; none without a quota.")
+    need = family(
+        "roost_placer_tenant_need", "Device-seconds per second that its models are asked for."
+    )
+    given = family(
+        "roost_placer_tenant_given", "Of that, what is planned for where there is too little."
+    )
+    told = sorted(knowledge.last_plan.tenants, key=lambda each: -each.device_bytes)
+    rest = _TOGETHER
+    for each in told[_TENANTS_SHOWN:]:
+        rest = Held(
+            rest.tenant,
+            rest.device_bytes + each.device_bytes,
+            rest.need + each.need,
+            rest.given + each.given,
+        )
+    for each in (*told[:_TENANTS_SHOWN], *((rest,) if len(told) > _TENANTS_SHOWN else ())):
+        labels = {"tenant": each.tenant}
+        held.add_sample(held.name, labels, each.device_bytes)
+        need.add_sample(need.name, labels, each.need)
+        given.add_sample(given.name, labels, each.given)
+        most = knowledge.quotas.get(each.tenant, UNBOUNDED).device_bytes
+        if most is not None:
+            quota.add_sample(quota.name, labels, most)
+    return held, quota, need, given
 
 
 def _of_workers(knowledge: Knowledge) -> tuple[Metric, ...]:

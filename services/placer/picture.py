@@ -117,6 +117,7 @@ class Active:
             estimate=self._estimate,
             target_s=manifest.target_ms / 1000,
             placement=manifest.placement,
+            tenant=manifest.tenant,
         )
 
 
@@ -133,6 +134,8 @@ class _Still(msgspec.Struct):
     limit: Ints
     priority: Ints
     placed: dict[ModelId, None]
+    tenant: Ints
+    tenants: dict[str, int]
 
     def copy(self, rows: int) -> _Still:
         more = max(rows - len(self.ids), 0)
@@ -150,6 +153,8 @@ class _Still(msgspec.Struct):
             limit=longer(self.limit),
             priority=longer(self.priority),
             placed=self.placed.copy(),
+            tenant=longer(self.tenant),
+            tenants=self.tenants.copy(),
         )
 
     def put(self, row: int, base: ModelView) -> None:
@@ -161,6 +166,7 @@ class _Still(msgspec.Struct):
         self.min_copies[row] = base.min_copies
         self.limit[row] = base.copies_limit(ANY_NUMBER)
         self.priority[row] = base.priority
+        self.tenant[row] = self.tenants.setdefault(base.tenant, len(self.tenants))
         if base.placement != EVERYWHERE:
             self.placed[base.model] = None
 
@@ -178,7 +184,8 @@ class Picture:
         self._tracker = tracker
         self._policy = policy
         none, ints = np.zeros(0), np.zeros(0, np.int64)
-        self._still = _Still({}, [], [], np.zeros(0, bool), none, ints, ints, ints, {})
+        absent = np.zeros(0, bool)
+        self._still = _Still({}, [], [], absent, none, ints, ints, ints, {}, ints, {"": 0})
         self._warm: dict[ModelId, bool] = {}
         """Models with `min_copies`, and whether they were the default."""
 
@@ -284,6 +291,8 @@ class Picture:
             limit=still.limit,
             priority=still.priority,
             placed=tuple(still.placed),
+            tenant=still.tenant,
+            tenants=tuple(still.tenants),
         )
         return Models(
             columns,

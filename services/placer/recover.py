@@ -64,6 +64,11 @@ class Recovery:
         self._grace_until = self._knowledge.clock() + self._grace_s
         stored = await self._store.active()
         self.store_was_empty = not stored
+        try:
+            # Before the first planning: it would give tenants what they may not have.
+            self._knowledge.bound_tenants(await self._catalog.quotas())
+        except RoostError as error:
+            log.warning("quotas_unknown", error=str(error))
         await self._activate(stored, "an earlier placer's")
 
     async def complete(self, reports: list[Report]) -> list[Report]:

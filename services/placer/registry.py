@@ -84,6 +84,7 @@ class RegistryFollower:
         """What is active, and what of it is the default version of its name. Raises `Unavailable`
         when the registry is away."""
         await self._aliases.follow()
+        self._knowledge.bound_tenants(await self._catalog.quotas())
         self.quarantined(len(await self._catalog.quarantined()))
         registered, default_of = await self._all_at_once()
         for model in list(self._knowledge.active):

@@ -32,6 +32,7 @@ def error_reply(request: Message, error: RoostError) -> Message:
         correlation_id=request.correlation_id,
         content_type="application/json",
         expiration_ms=_REPLY_TTL_MS,
+        persistent=request.persistent,
     )
 
 

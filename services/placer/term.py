@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -33,6 +34,9 @@ from shared.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
+_FINISH_S: Final = 1.0
+"""For requests that are being passed on as the term ends."""
+
 
 class Term:
     """Runs until cancelled."""
@@ -51,6 +55,7 @@ class Term:
     ) -> None:
         self.knowledge = Knowledge(config.policy())
         self._config = config
+        self._lease = lease
         self._broker = broker
         self._observer = Observer(
             broker,
@@ -106,8 +111,8 @@ class Term:
 
     async def run(self) -> None:
         """For ever: recovers what there is, then decides."""
-        await self._begin()
         try:
+            await self._begin()
             async with asyncio.TaskGroup() as group:
                 for task, name in (
                     (self._cycle.run, "cycle"),
@@ -213,6 +218,9 @@ class Term:
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
             await consumer.cancel()
+        if self._handling and self._lease.valid:
+            # Most of it needs a moment. What waits for a store or a broker is for the next one.
+            await asyncio.wait(set(self._handling), timeout=_FINISH_S)
         tasks = list(self._handling)
         for task in tasks:
             task.cancel()

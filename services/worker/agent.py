@@ -19,6 +19,7 @@ from services.worker.core.events import (
     Bury,
     CloseConsumer,
     ConsumerStarted,
+    DeathKept,
     DrainAsked,
     EngineLost,
     EvictModel,
@@ -43,6 +44,7 @@ from services.worker.core.events import (
 from services.worker.core.worker import WorkerCore
 from services.worker.deaths import Deaths
 from services.worker.items import Items
+from services.worker.journal import Journal
 from services.worker.metrics import Metrics
 from services.worker.reply import Replier
 from services.worker.report import Reporter
@@ -68,6 +70,20 @@ class _File(NamedTuple):
     layout: Layout | None
 
 
+def _with_inputs(spec: ModelSpec, fact: wire.ModelLoaded) -> ModelSpec:
+    """The spec with the inputs that the file itself has beside those declared. Declared ones stay
+    what they are, whatever an engine says: requests are read by them, and padded."""
+    declared = spec.inputs or ()
+    error = "they are not those of the manifest, and more"
+    if fact.inputs[: len(declared)] == declared:
+        try:
+            return msgspec.structs.replace(spec, inputs=fact.inputs)
+        except InvalidRequest as refused:
+            error = refused.message[:200]
+    log.warning("inputs_ignored", model=fact.model, error=error)
+    return spec
+
+
 class Agent:
     """Owns the core, and everything that carries out its actions."""
 
@@ -83,6 +99,8 @@ class Agent:
         """The five parts above need `tell` and are set by who puts the worker together."""
         self.core = core
         self.items = Items()
+        self.journal = Journal("")
+        """Writes nothing until it is opened."""
         self.emptied = asyncio.Event()
         """Set when a draining worker holds nothing any more."""
         self._repository = repository
@@ -166,8 +184,10 @@ class Agent:
             case wire.BatchFailed():
                 self._batch_failed(fact)
             case wire.ModelLoaded():
+                self.journal.ended(fact.model)
                 self._loaded(fact)
             case wire.LoadFailed():
+                self.journal.ended(fact.model)
                 self._metrics.loads.labels(fact.code).inc()
                 log.warning("load_failed", model=fact.model, code=fact.code, error=fact.message)
             case wire.ModelEvicted():
@@ -175,7 +195,10 @@ class Agent:
                 log.debug("model_evicted", model=fact.model, tier=fact.tier)
             case FetchFailed():
                 log.warning("fetch_failed", model=fact.model, error=fact.message)
+            case DeathKept():
+                self.journal.forget(fact.model)
             case EngineLost():
+                self.journal.engine_lost()
                 self._metrics.engine_restarts.inc()
                 self._batches.clear()
             case ConsumerStarted():
@@ -189,12 +212,13 @@ class Agent:
             return
         asked = self.items.request_ids(order.items)
         with bound(model=order.model, request_id=asked[0] if len(asked) == 1 else asked):
-            log.warning("batch_failed", code=fact.code, error=fact.message)
+            log.warning("batch_failed", code=fact.code)
+            log.debug("batch_failed", code=fact.code, error=fact.message)
 
     def _loaded(self, fact: wire.ModelLoaded) -> None:
         known = self._specs.get(fact.model)
         if known is not None and fact.inputs:
-            self._specs[fact.model] = msgspec.structs.replace(known, inputs=fact.inputs)
+            self._specs[fact.model] = _with_inputs(known, fact)
         self._metrics.loads.labels("ok").inc()
         self._metrics.load_seconds.labels(fact.source, fact.tier).observe(fact.load_seconds)
         self._metrics.inferences.loaded(fact.model, fact.load_seconds)
@@ -262,6 +286,8 @@ class Agent:
     def _load(self, action: LoadModel) -> None:
         manifest, file = self.core.state.get(action.model).manifest, self._files[action.model]
         assert manifest is not None, "only what was fetched is loaded"
+        if self.core.state.get(action.model).copy != "held":  # a swap runs nothing of the file
+            self.journal.begun(action.model, manifest.digest)
         self.runtime.load(
             action.model,
             file.extents,

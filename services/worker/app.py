@@ -6,22 +6,23 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, Never
 
 import structlog
 
-from services.worker import devices, wire
+from services.worker import confining, devices, wire
 from services.worker.agent import Agent
 from services.worker.config import WorkerConfig, parse_labels
 from services.worker.consume import Consumers
-from services.worker.core.events import EngineStarted
+from services.worker.core.events import DeathsFound, EngineStarted
 from services.worker.core.worker import WorkerCore
 from services.worker.deaths import Deaths
 from services.worker.follow import Follower
 from services.worker.hangups import Hangups
 from services.worker.hostmemory import available_bytes
-from services.worker.http import Readiness, serving
+from services.worker.http import Door, Readiness, serving
+from services.worker.journal import Journal
 from services.worker.launch import Launch, launcher
 from services.worker.metrics import Metrics
 from services.worker.reply import Replier
@@ -29,6 +30,7 @@ from services.worker.report import Reporter
 from services.worker.runtime import Runtime
 from services.worker.spans import Spans
 from services.worker.telling import Teller
+from shared.auth import Gate
 from shared.broker.port import Broker
 from shared.connect import open_broker, open_store
 from shared.control import Report
@@ -43,6 +45,8 @@ log = structlog.get_logger(__name__)
 
 _FINISH_S: Final = 2.0
 """For the last profile to be written. A fetch takes as long as it takes, for nobody."""
+_GOODBYE_S: Final = 2.0
+"""For a store to hear that the worker is gone; one that is away finds out by itself."""
 
 
 async def run(
@@ -60,8 +64,19 @@ async def run(
 
     `on_ready` gets the worker's id once a report with a running engine is out. Broker and
     store are opened from the configuration unless handed in, and are started and closed here
-    either way. `launch` starts the engine (another one, in tests).
+    either way. `launch` starts the engine (another one, in tests). Raises `ConfigError` where its
+    metrics must not be told, for want of API keys.
     """
+    repository = Repository(config.repository_url)
+    gate = Gate(
+        repository.keys,
+        config.auth,
+        config.metrics_host,
+        setting="ROOST_WORKER_AUTH",
+        encrypted=config.tls is not None,
+    )
+    if config.metrics_port:
+        await gate.start()
     worker = config.new_worker_id()
     device = await asyncio.to_thread(devices.resolve, config.device)
     budget = parse_bytes(config.budget_bytes)
@@ -70,9 +85,8 @@ async def run(
         budget = max(capacity - parse_bytes(config.headroom_bytes), 1)
     workers = await asyncio.to_thread(devices.count)
     host_bytes = await asyncio.to_thread(host_budget, config, device, budget, workers)
-    broker = broker or open_broker(config.amqp_url, f"worker-{worker}")
-    store = store or open_store(config.redis_url)
-    repository = Repository(config.repository_url)
+    broker = broker or open_broker(config.amqp_url, f"worker-{worker}", config.amqp_tls)
+    store = store or open_store(config.redis_url, config.redis_tls)
     metrics = Metrics(worker)
     core = WorkerCore(
         max_held_bytes=parse_bytes(config.max_held_bytes),
@@ -82,6 +96,9 @@ async def run(
         load_timeout_s=config.load_timeout_s,
     )
     agent = Agent(core, repository, config.cache, metrics)
+    agent.journal = Journal(config.data_dir)
+    for doomed in await asyncio.to_thread(agent.journal.open):
+        agent.tell(DeathsFound(doomed.model, doomed.digest, doomed.deaths))
     metrics.hung_up = agent.items.cancelled.__contains__
     tracing = tracing or open_tracing(on=config.tracing, service="worker", instance=worker)
     spans = None if tracing is None else Spans(tracing)
@@ -109,6 +126,8 @@ async def run(
             host_budget_bytes=host_bytes,
             base_bytes=started.base_bytes,
         )
+        metrics.confinement(started.confinement)
+        confining.tell(started.confinement, pid)
         agent.tell(EngineStarted(given, started.device_kind, host_bytes))
 
     def report_sent(report: Report) -> None:
@@ -122,11 +141,16 @@ async def run(
         ttl_s=config.report_ttl_s,
         on_sent=report_sent,
     )
+    launch = launch or launcher(
+        device,
+        budget,
+        config.threads,
+        host_bytes=host_bytes,
+        share=config.share_tensors,
+        confinement=await asyncio.to_thread(confining.confinement, config),
+    )
     agent.runtime = Runtime(
-        launch
-        or launcher(
-            device, budget, config.threads, host_bytes=host_bytes, share=config.share_tensors
-        ),
+        launch,
         agent.tell,
         engine_started,
         inbox_bytes=parse_bytes(config.inbox_bytes),
@@ -161,7 +185,10 @@ async def run(
         with contextlib.ExitStack() as stack:
             if config.metrics_port:
                 host, port = config.metrics_host, config.metrics_port
-                stack.enter_context(serving(host, port, metrics.registry, readiness))
+                door = None if config.metrics_open else Door(gate)
+                stack.enter_context(
+                    serving(host, port, metrics.registry, readiness, config.tls, door)
+                )
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(guard(agent.run, "agent"), name="agent"),
@@ -169,10 +196,11 @@ async def run(
                     group.create_task(guard(keep_connected, "control"), name="control"),
                 ]
                 await _asked_to_end(stop, agent)
-                await _leave(config, agent, store, worker, tasks[2])
+                await _leave(config, agent, store, worker, tasks)
                 for task in tasks:
                     task.cancel()
     finally:
+        agent.journal.close()
         await broker.close()
         await store.close()
         if tracing is not None:
@@ -205,9 +233,14 @@ def host_budget(config: WorkerConfig, device: str, budget_bytes: int, workers: i
 
 
 async def _leave(
-    config: WorkerConfig, agent: Agent, store: Store, worker: str, control: asyncio.Task[None]
+    config: WorkerConfig,
+    agent: Agent,
+    store: Store,
+    worker: str,
+    tasks: Sequence[asyncio.Task[Never]],
 ) -> None:
     """An orderly end: nothing new, finish what runs, give back the rest, say goodbye."""
+    deciding, _, control = tasks
     began = time.monotonic()
     # 1. Nothing new: consumers are cancelled, what waits goes back, what runs is answered.
     agent.drain()
@@ -216,15 +249,27 @@ async def _leave(
         async with asyncio.timeout(config.drain_grace_s):
             await agent.emptied.wait()
             await agent.replier.drained()
-    # 2. What is held after the grace goes back to its queue with the consumers.
+    # 2. Nothing is decided any more: what still ran is another's, and must not be answered here
+    #    as well. Answers under way are sent, or given back by who sends them.
+    await _ended(deciding)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(config.publish_timeout_s):
+            await agent.replier.drained()
+    # 3. What is held after the grace goes back to its queue with the consumers.
+    left = len(agent.items)
     await agent.consumers.close_all()
     await agent.finish(_FINISH_S)
-    # 3. Goodbye: the placer need not wait for the report to expire.
-    control.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await control
-    with contextlib.suppress(RoostError):
-        await store.remove_report(worker)
-    # 4. The engine last: until now it had something to finish.
-    await agent.runtime.close()
-    log.info("drained", seconds=round(time.monotonic() - began, 3), left=len(agent.items))
+    # 4. Goodbye: the placer need not wait for the report to expire.
+    await _ended(control)
+    with contextlib.suppress(RoostError, TimeoutError):
+        async with asyncio.timeout(_GOODBYE_S):
+            await store.remove_report(worker)
+    # 5. The engine last: until now it had something to finish. One that hangs, or is in the midst
+    #    of a load, is not waited for.
+    await agent.runtime.close(at_once=left > 0 or bool(agent.core.state.loading()))
+    log.info("drained", seconds=round(time.monotonic() - began, 3), left=left)
+
+
+async def _ended(task: asyncio.Task[Never]) -> None:
+    task.cancel()
+    await asyncio.wait([task])

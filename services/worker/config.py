@@ -6,6 +6,8 @@ import re
 import socket
 import uuid
 
+from services.worker.confinement import plan
+from shared.auth import AuthMode
 from shared.config import CommonConfig, ConfigError
 from shared.units import parse_bytes
 
@@ -43,6 +45,16 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
     threads: int = 1
     """CPU threads of one operator in the engine. Several workers share a machine's cores better
     with one each."""
+    confine: plan.Mode = "auto"
+    """What keeps the engine, which runs models' programs, from everything else: `auto` takes all
+    that the host grants and says what it lacks, `require` does not start without the essential
+    measures (docs/security.md), `off` takes none, for debugging."""
+    engine_user: str = ""
+    """`NAME`, `UID` or `UID:GID` that the engine becomes, where the worker is started as root. That
+    user must be able to read Python, torch and the models' files. Empty: the worker's own."""
+    engine_reads: str = ""
+    """Folders besides, with colons between, that a confined engine may read: of libraries that are
+    neither the system's nor Python's own."""
     inbox_bytes: int | str = "128MiB"
     """Shared memory for inputs on their way to the engine: eight messages of the greatest size.
     Pages are taken when first used."""
@@ -65,6 +77,11 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
     """For the broker to confirm a reply; afterwards it is sent again."""
     cache_dir: str = ""
     """Copies of files of a repository that is not a directory. Empty: below `data_dir`."""
+    auth: AuthMode = "auto"
+    """Whether who reads metrics must show an API key with the scope `metrics`, as for the gateway:
+    they name the models of all tenants."""
+    metrics_open: bool = False
+    """Whether metrics are told without a key where keys are asked for."""
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 0
     """Where Prometheus scrapes; 0 is off, since several workers share a machine."""

@@ -70,7 +70,13 @@ class Follower:
         )
         models = tuple(entry.model for entry in assignment.models)
         self._tell(
-            Assigned(models, assignment.fence, assignment.generation, drain=assignment.drain)
+            Assigned(
+                models,
+                assignment.fence,
+                assignment.generation,
+                drain=assignment.drain,
+                shares=assignment.shares,
+            )
         )
 
     def _is_news(self, assignment: Assignment) -> bool:

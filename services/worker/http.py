@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from typing import TYPE_CHECKING, Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import CollectorRegistry
 
+from services.worker.bounded import BoundedServer
+from shared.auth import LOOK_S, Gate, challenge
 from shared.broker.port import Broker
 from shared.control import Report
+from shared.errors import RoostError, Unavailable
 from shared.nvmetrics import encoder
+from shared.tls import HANDSHAKE_TIMEOUT_S, Identity, ServerTls
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -57,13 +61,22 @@ class Readiness:
 
 @contextlib.contextmanager
 def serving(
-    host: str, port: int, registry: CollectorRegistry, readiness: Readiness
+    host: str,
+    port: int,
+    registry: CollectorRegistry,
+    readiness: Readiness,
+    tls: ServerTls | None = None,
+    door: Door | None = None,
 ) -> Iterator[int]:
     """Serves `/metrics` and `/readyz` inside the block, on the port that it gives: another one
-    than asked for where that is 0. Raises `OSError` if it cannot listen."""
+    than asked for where that is 0. Raises `OSError` if it cannot listen, `TlsError` for files
+    that cannot be used."""
+    identity = None if tls is None else Identity(tls)
     family = _Server6 if ":" in host else _Server
-    app = _app(registry, readiness)
+    app = _app(registry, readiness, door)
     with make_server(host, port, app, family, _Handler) as server:
+        assert isinstance(server, _Server)
+        server.identity = identity
         thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
         thread.start()
         try:
@@ -73,9 +86,34 @@ def serving(
             thread.join()
 
 
-def _app(registry: CollectorRegistry, readiness: Readiness) -> WSGIApplication:
+class Door:
+    """Lets in who may read metrics. Threads ask it; keys are looked for when somebody asks."""
+
+    def __init__(self, gate: Gate, now: Callable[[], float] = time.monotonic) -> None:
+        self._gate = gate
+        self._now = now
+        self._lock = threading.Lock()
+        self._looked_at = -math.inf
+
+    def check(self, authorization: str | None) -> None:
+        """Raises `Unauthenticated`, `PermissionDenied`; `Unavailable` while keys cannot be read."""
+        with self._lock:
+            if self._now() - self._looked_at >= LOOK_S:
+                self._looked_at = self._now()
+                with contextlib.suppress(Unavailable):  # what was known is believed for a while
+                    self._gate.look()
+            self._gate.check(None if authorization is None else authorization.encode(), "metrics")
+
+
+def _app(registry: CollectorRegistry, readiness: Readiness, door: Door | None) -> WSGIApplication:
     def app(environ: WSGIEnvironment, respond: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/readyz":
+            try:
+                if door is not None:
+                    door.check(environ.get("HTTP_AUTHORIZATION"))
+            except RoostError as error:
+                respond(_STATUS[error.code], _headers(error))
+                return [json.dumps({"error": error.message}).encode()]
             encode, content_type = encoder(environ.get("HTTP_ACCEPT", ""))
             text = encode(registry)
             respond("200 OK", [("Content-Type", content_type)])
@@ -91,8 +129,36 @@ def _app(registry: CollectorRegistry, readiness: Readiness) -> WSGIApplication:
     return app
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
+_STATUS: Final = {
+    "unauthenticated": "401 Unauthorized",
+    "permission_denied": "403 Forbidden",
+    "unavailable": "503 Service Unavailable",
+}
+
+
+def _headers(error: RoostError) -> list[tuple[str, str]]:
+    challenged = challenge(error)
+    headers = [("Content-Type", "application/json")]
+    return headers if challenged is None else [*headers, ("WWW-Authenticate", challenged)]
+
+
+class _Server(BoundedServer):
+    identity: Identity | None = None
+    """None: plain text."""
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        if self.identity is None:
+            super().finish_request(request, client_address)
+            return
+        # In the connection's own thread: a slow handshake keeps nobody waiting.
+        request.settimeout(HANDSHAKE_TIMEOUT_S)
+        try:
+            secured = self.identity.current().wrap_socket(request, server_side=True)
+        except OSError:  # SSLError and TimeoutError are ones; any client can provoke them
+            return
+        self.became(request, secured)
+        with secured:
+            super().finish_request(secured, client_address)
 
 
 class _Server6(_Server):

@@ -4,13 +4,14 @@ when Roost runs embedded."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.worker.confinement.plan import Measure
 from services.worker.core.events import Item
 from services.worker.nvmetrics import MachineMetrics
 from shared.control import ModelReport
@@ -52,6 +53,12 @@ class Metrics:
         registry.register(self.machine)
         info = Gauge("roost_worker_info", "Who this is.", ["worker"], registry=registry)
         info.labels(worker).set(1)
+        self._confinement = Gauge(
+            "roost_worker_confinement",
+            "1 for each measure that keeps the engine's programs in, 0 for one not granted.",
+            ["measure"],
+            registry=registry,
+        )
         self.requests = Counter(
             "roost_worker_requests_total",
             "Requests answered, by model, version and code.",
@@ -233,6 +240,12 @@ class Metrics:
             del self._children[key]
             self.requests.remove(*key[0].split("/"), key[1])
         self.inferences.forget(old)
+
+    def confinement(self, measures: Iterable[Measure]) -> None:
+        """Of the engine that has started."""
+        self._confinement.clear()
+        for measure in measures:
+            self._confinement.labels(measure.name).set(measure.held)
 
     def device(self, budget: int, used: int, measured: int) -> None:
         self.budget_bytes.set(budget)

@@ -294,7 +294,8 @@ def _message(held: Held, body: bytes, headers: dict[str, HeaderValue]) -> Messag
         content_type="application/json"
         if HEADER_LENGTH not in headers
         else "application/octet-stream",
-        persistent=False,
+        # An answer is as durable as its request (docs/adr/0024).
+        persistent=held.delivery.message.persistent,
     )
 
 

@@ -55,6 +55,8 @@ class _Life:
         self.control: Line | None = None
         self.batches: Line | None = None
         self.started: wire.EngineStarted | None = None
+        self.models: set[ModelId] = set()
+        """Of which it was told: it has nothing to say of others."""
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Why it ended."""
         self.last_words = ""
@@ -153,6 +155,11 @@ class Runtime:
         *,
         keep_host: bool = False,
     ) -> None:
+        life = self._life
+        if life is not None:
+            life.models.add(model)
+            if life.process is not None:
+                life.process.hush()
         self._send(wire.LoadModel(model, file, manifest, layout, warm, tier, keep_host))
 
     def evict(self, model: ModelId, tier: Literal["host", "device"] = "device") -> None:
@@ -216,16 +223,18 @@ class Runtime:
                 self._backoff.reset()
             await asyncio.sleep(self._backoff.next())
 
-    async def close(self) -> None:
-        """Ends the engine for good, in its own time first."""
+    async def close(self, *, at_once: bool = False) -> None:
+        """Ends the engine for good, in its own time first, unless it is known to hang. One that
+        has not started yet has nothing to end."""
         self._stopping = True
         life = self._life
         if life is None or life.process is None:
             return
-        life.send(wire.Stop())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STOP_TIMEOUT_S):
-                await life.process.wait()
+        if life.started is not None and not at_once:
+            life.send(wire.Stop())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await life.process.wait()
         life.process.kill()
 
     async def _live(self, life: _Life) -> str:
@@ -272,10 +281,14 @@ class Runtime:
                 self._free(life, event.batch)
                 self._tell(event)
             case wire.ModelLoaded() | wire.LoadFailed() | wire.ModelEvicted():
+                if event.model not in life.models:
+                    raise _NotAnEngine("it speaks of a model of which it was told nothing")
                 self._tell(event)
             case wire.MemoryMeasured():
                 self.memory = event
             case wire.EngineStarted():
+                if life.started is not None:
+                    raise _NotAnEngine("it started twice")
                 life.started = event
                 assert life.process is not None
                 self._on_started(event, life.process.pid)

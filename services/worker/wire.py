@@ -12,27 +12,46 @@ Order: the engine runs batches in the order of `RunBatch`, and answers each exac
 and evictions run beside the batches: what concerns one model in its own order, what makes room
 before what needs it. A model is not evicted while a batch of it is under way: the agent sends
 no `EvictModel` before the last answer; nor is a batch sent before `ModelLoaded`.
+
+Trust: an engine runs strangers' programs, and one of these may speak in its name. Numbers that go
+on to others, and texts, and how many there are of anything, are bounded here, by the types.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
+from services.worker.confinement.plan import Measure
 from shared.layout import Extent, Layout
 from shared.models import Case, Datatype, Manifest, TensorSpec
 from shared.names import ModelId
+
+MAX_OUTPUTS: Final = 1024
+MAX_TEXT: Final = 4096
+"""Characters of a name, of a message. An engine in its right mind cuts them shorter."""
+
+Code = Literal["invalid_argument", "model_failed", "resource_exhausted", "not_found", "too_large"]
+"""Why an engine could not; of shared.errors."""
+_Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**50)]
+_Difference = Annotated[int, msgspec.Meta(ge=-(2**50), le=2**50)]
+"""Bytes, of which something may have been taken away twice."""
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+"""No NaN and no infinity either: what is computed from them would be none too."""
+_Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**50)]
+_Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 
 
 class TensorRef(msgspec.Struct, frozen=True, array_like=True):
     """A tensor in shared memory: row-major, little-endian; BYTES as the protocol frames them."""
 
-    name: str
+    name: _Text
     datatype: Datatype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    shape: Annotated[tuple[_Dimension, ...], msgspec.Meta(max_length=64)]
+    """Of as many dimensions as torch's tensors may have."""
+    offset: _Bytes
+    nbytes: _Bytes
 
 
 # --- agent → engine, about models ---------------------------------------------------------
@@ -99,26 +118,28 @@ BatchCommand = RunBatch | Release
 
 
 class EngineStarted(msgspec.Struct, frozen=True, tag=True):
-    device_kind: str
-    device_name: str
-    device_uuid: str
+    device_kind: _Text
+    device_name: _Text
+    device_uuid: _Text
     """For NVML; empty on a CPU."""
-    capacity_bytes: int
+    capacity_bytes: _Bytes
     """What the device has in all; on a CPU the machine's memory."""
-    base_bytes: int
+    base_bytes: _Bytes
     """What the engine takes before any model: on CUDA its context, on a CPU its own pages."""
-    torch_version: str
+    torch_version: _Text
+    confinement: Annotated[tuple[Measure, ...], msgspec.Meta(max_length=32)] = ()
+    """What keeps it in, and what the host did not grant; empty where none was asked for."""
 
 
 class ModelLoaded(msgspec.Struct, frozen=True, tag=True):
     model: ModelId
-    inputs: tuple[TensorSpec, ...]
+    inputs: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=MAX_OUTPUTS)]
     """By the file's own schema, merged with the manifest's."""
-    weights_bytes: int
+    weights_bytes: _Bytes
     """Measured: the distinct tensor storages that the model keeps in this tier, those that it
     shares with others included."""
-    load_seconds: float
-    cases: tuple[Case, ...] = ()
+    load_seconds: _Seconds
+    cases: Annotated[tuple[Case, ...], msgspec.Meta(max_length=1024)] = ()
     """Of the warm-up runs; of another model's, when the architecture was warm."""
     tier: Literal["host", "device"] = "device"
     source: Literal["disk", "host"] = "disk"
@@ -129,9 +150,9 @@ class ModelLoaded(msgspec.Struct, frozen=True, tag=True):
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     model: ModelId
-    code: str
+    code: Code
     """`model_failed`, or `resource_exhausted` when it does not fit."""
-    message: str
+    message: _Text
 
 
 class ModelEvicted(msgspec.Struct, frozen=True, tag=True):
@@ -141,40 +162,40 @@ class ModelEvicted(msgspec.Struct, frozen=True, tag=True):
 
 class BatchRan(msgspec.Struct, frozen=True, tag=True):
     batch: int
-    outputs: tuple[TensorRef, ...]
-    compute_s: float
+    outputs: Annotated[tuple[TensorRef, ...], msgspec.Meta(max_length=MAX_OUTPUTS)]
+    compute_s: _Seconds
     """Device seconds, inputs and outputs copied included."""
-    workspace_bytes: int
+    workspace_bytes: _Bytes
     """Peak bytes beyond the weights in this batch; 0 when not measured this time."""
 
 
 class BatchFailed(msgspec.Struct, frozen=True, tag=True):
     batch: int
-    code: str
+    code: Code
     """`invalid_argument` (the inputs do not suit the model), `model_failed` (the model raised),
     `resource_exhausted` (out of device memory, recovered), `not_found` (not loaded),
     `too_large` (the outputs do not fit the outbox)."""
-    message: str
+    message: _Text
 
 
 class MemoryMeasured(msgspec.Struct, frozen=True, tag=True):
     """Sent just before the answer to each load and each eviction, and when reserved memory is
     given back later."""
 
-    used_bytes: int
+    used_bytes: _Difference
     """What the engine takes of the device by the engine's own measure."""
-    spare_bytes: int = 0
+    spare_bytes: _Difference = 0
     """Of these, what is reserved for models and holds none now."""
-    host_bytes: int = 0
+    host_bytes: _Difference = 0
     """What the host tier holds."""
-    host_spare_bytes: int = 0
+    host_spare_bytes: _Difference = 0
     """What it has reserved and holds nothing."""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):
     """The device context is corrupted; the engine ends after this message."""
 
-    message: str
+    message: _Text
 
 
 Event = (
@@ -216,5 +237,8 @@ def unpack_batch_command(body: bytes | memoryview) -> BatchCommand:
 
 
 def unpack_event(body: bytes | memoryview) -> Event:
-    """Raises `msgspec.MsgspecError`."""
-    return _events.decode(body)
+    """Raises `msgspec.MsgspecError`, whatever the bytes are."""
+    try:
+        return _events.decode(body)
+    except (UnicodeDecodeError, RecursionError) as error:  # texts, and what is nested to be skipped
+        raise msgspec.DecodeError(str(error)) from None

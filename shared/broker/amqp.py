@@ -20,7 +20,8 @@ from shared.broker.consumer import AmqpConsumer
 from shared.broker.messages import check_size
 from shared.broker.port import BrokerUnavailable, Message, OnDelivery, QueueMissing
 from shared.broker.publisher import Publisher
-from shared.broker.session import Link, Precondition, Session, asked
+from shared.broker.session import Link, Precondition, Refused, Session, asked
+from shared.tls import SYSTEM, ClientTls
 
 log = structlog.get_logger(__name__)
 
@@ -35,10 +36,10 @@ _PUBLISH_TIMEOUT_S: Final = 5.0
 class AmqpBroker:
     """`port.Broker` on one virtual host. `name` is shown in the broker's list of connections."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, tls: ClientTls = SYSTEM) -> None:
         self._publisher: Publisher | None = None
-        self._publishing = Link(url, f"{name} publish", self._prepare_publishing)
-        self._consuming = Link(url, f"{name} consume", _declare_topology)
+        self._publishing = Link(url, f"{name} publish", self._prepare_publishing, tls)
+        self._consuming = Link(url, f"{name} consume", _declare_topology, tls)
         self._consumers: set[AmqpConsumer] = set()
         self._turn = asyncio.Semaphore(_SUBSCRIBING_AT_ONCE)
         self._warned: set[str] = set()
@@ -178,6 +179,21 @@ class AmqpBroker:
 
 
 async def _declare_topology(session: Session) -> None:
+    try:
+        await _declare_all(session)
+    except Precondition:
+        raise
+    except Refused:
+        # A user who may not configure them (docs/amqp.md): it is enough that they are there.
+        # Raises `QueueMissing` until somebody has made them.
+        async with session.admin() as channel:
+            for name in (names.UNROUTED, names.DEAD):
+                await asked(channel.queue_declare(name, passive=True))
+            for name in (names.UNROUTED, names.DEAD, names.INFER_EXCHANGE):
+                await asked(channel.exchange_declare(name, passive=True))
+
+
+async def _declare_all(session: Session) -> None:
     async with session.admin() as channel:
         await _declare_sink(channel, names.UNROUTED)
         await _declare_sink(channel, names.DEAD)

@@ -20,7 +20,7 @@ from aiormq.connection import Connection
 from pamqp import commands as spec
 from pamqp.header import ContentHeader
 
-from shared.broker.port import PublishUncertain, QueueFull, Unroutable
+from shared.broker.port import ConfirmationLost, QueueFull, Unroutable
 from shared.errors import Overloaded
 
 log = structlog.get_logger(__name__)
@@ -155,7 +155,7 @@ class PublishChannel(FastChannel):
         pending, self.pending = self.pending, {}
         for future in pending.values():
             if not future.done():
-                future.set_exception(PublishUncertain(reason))
+                future.set_exception(ConfirmationLost(reason))
 
     async def _on_confirm_frame(self, frame: spec.Basic.Ack | spec.Basic.Nack) -> None:  # type: ignore[override]
         tag = frame.delivery_tag or 0

@@ -39,6 +39,7 @@ FRAME_END: Final = 0xCE
 _HEAD: Final = struct.Struct(">BHI")  # type, channel, size
 _CONTENT: Final = struct.Struct(">HHQ")  # class, weight, body size
 _TAG: Final = struct.Struct(">QB")  # delivery tag, redelivered
+_TLS_ALERT: Final = b"\x15\x03"
 _DELIVER: Final = struct.pack(">HH", 60, 60)
 _RETURN: Final = struct.pack(">HH", 60, 50)
 
@@ -89,6 +90,8 @@ class TolerantFrameReceiver(aiormq.connection.FrameReceiver):
             head = await self.reader.readexactly(_HEAD.size)
             if not self.started and head.startswith(b"AMQP"):
                 raise ProtocolSyntaxError("Unexpected AMQP protocol header")
+            if not self.started and head.startswith(_TLS_ALERT):
+                raise ProtocolSyntaxError("TLS is spoken there: the URL must begin with amqps://")
             self.started = True
             kind, channel, size = _HEAD.unpack(head)
             payload = await self.reader.readexactly(size + 1)

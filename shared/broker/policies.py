@@ -16,6 +16,7 @@ import msgspec
 
 from shared import names
 from shared.errors import Unavailable
+from shared.tls import SYSTEM, ClientTls, TlsError, explain
 
 _TIMEOUT_S: Final = 10.0
 
@@ -43,24 +44,29 @@ POLICIES: Final = (
 
 
 def apply_policies(
-    management_url: str, vhost: str = "/", policies: tuple[Policy, ...] = POLICIES
+    management_url: str,
+    vhost: str = "/",
+    policies: tuple[Policy, ...] = POLICIES,
+    tls: ClientTls = SYSTEM,
 ) -> None:
     """Sets the policies of a virtual host; idempotent, takes effect on existing queues at once.
 
-    `management_url`: `http://user:password@host:15672`. Raises `Unavailable` when the API
-    cannot be reached or refuses.
+    `management_url`: `http://user:password@host:15672`; `tls` counts with `https://`.
+    Raises `Unavailable` when the API cannot be reached or refuses.
     """
     url = httpx.URL(management_url)
     # Out of the URL: an error shows that to whoever reads the log.
     auth = (url.username, url.password) if url.username else None
     base = url.copy_with(username=None, password=None)
     try:
-        with httpx.Client(base_url=base, auth=auth, timeout=_TIMEOUT_S) as client:
+        verify = tls.context() if url.scheme == "https" else False
+        with httpx.Client(base_url=base, auth=auth, timeout=_TIMEOUT_S, verify=verify) as client:
             for policy in policies:
                 path = f"/api/policies/{quote(vhost, safe='')}/{quote(policy.name, safe='')}"
                 client.put(path, json=_definition(policy)).raise_for_status()
-    except httpx.HTTPError as error:
-        raise Unavailable(f"RabbitMQ's management API: {error}") from error
+    except (httpx.HTTPError, TlsError) as error:
+        said = explain(error) or error
+        raise Unavailable(f"RabbitMQ's management API: {said}") from error
 
 
 def vhost_of(amqp_url: str) -> str:

@@ -156,6 +156,10 @@ class PublishUncertain(Unavailable):
     """The message was sent, but no confirmation came in time: it may arrive, or not."""
 
 
+class ConfirmationLost(PublishUncertain):
+    """Nor will one ever come: the connection was lost meanwhile."""
+
+
 class Unroutable(RoostError):
     """No queue took a mandatory message."""
 

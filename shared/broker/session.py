@@ -23,11 +23,14 @@ from yarl import URL
 from shared.broker import channels, frames
 from shared.broker.port import BrokerUnavailable, QueueMissing
 from shared.errors import RoostError
+from shared.tls import SYSTEM, ClientTls, TlsError, explain
 
 log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 
-HEARTBEAT_S: Final = 20
+HEARTBEAT_S: Final = 10
+"""RabbitMQ gives a connection up after two of them without a word, aiormq after three: so long is
+one half-open at most. Less would take a busy machine's pauses for a loss."""
 RPC_TIMEOUT_S: Final = 10.0
 _CONNECT_TIMEOUT_S: Final = 15.0
 _CLOSE_TIMEOUT_S: Final = 5.0
@@ -65,8 +68,16 @@ async def asked(request: Awaitable[_T], timeout_s: float = RPC_TIMEOUT_S) -> _T:
         raise Precondition(f"the broker refused: {error}") from error
     except aiormq.exceptions.AMQPChannelError as error:
         raise Refused(f"the broker refused: {error}") from error
-    except (TimeoutError, aiormq.exceptions.AMQPError, OSError, RuntimeError) as error:
-        raise BrokerUnavailable(f"the broker did not answer: {error!r}") from error
+    except (
+        TimeoutError,
+        aiormq.exceptions.AMQPError,
+        OSError,
+        RuntimeError,
+        StopAsyncIteration,  # aiormq's word for a connection that ends in its handshake
+    ) as error:
+        raise BrokerUnavailable(
+            f"the broker did not answer: {explain(error) or repr(error)}"
+        ) from error
     except asyncio.CancelledError as error:
         # aiormq ends what waits on a dying connection with CancelledError, though nobody
         # cancelled us; passed on, it would silently end a task group's member.
@@ -122,15 +133,24 @@ async def _close(channel: AbstractChannel) -> None:
 class Link:
     """Keeps one connection up: connects, waits for its loss, backs off, connects again."""
 
-    def __init__(self, url: str, name: str, prepare: Callable[[Session], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        prepare: Callable[[Session], Awaitable[None]],
+        tls: ClientTls = SYSTEM,
+    ) -> None:
         """`name` is shown in the broker's list of connections. `prepare` runs on each new
-        connection before it counts as up; when it raises, the connection is given up."""
+        connection before it counts as up; when it raises, the connection is given up. `tls`
+        counts with `amqps://`; its files are read for each connection."""
         self._url = URL(url)
+        self._tls = tls
         self._name = name
         self._prepare = prepare
         self._task: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
         self._failure: Exception | None = None
+        self._has_been_up = False
         self.session: Session | None = None
         """None while there is no connection."""
         self.blocked: str | None = None
@@ -168,6 +188,7 @@ class Link:
                     await self._prepare(session)
                     self.session = session
                     self._up.set()
+                    self._has_been_up = True
                     attempt = 0
                     log.info("connected to the broker", connection=self._name)
                     await session.lost.wait()
@@ -175,10 +196,13 @@ class Link:
                 log.warning("no connection to the broker", connection=self._name, error=str(error))
             except Exception as error:
                 # A fault of ours, which trying again will not mend: whoever waits shall know.
-                log.exception("the broker's connection is given up", connection=self._name)
-                self._failure = error
-                self._up.set()
-                return
+                if not self._has_been_up:
+                    log.exception("the broker's connection is given up", connection=self._name)
+                    self._failure = error
+                    self._up.set()
+                    return
+                # What has worked may again: a service that only seemed alive would be worse.
+                log.exception("the broker's connection failed", connection=self._name)
             else:
                 log.warning("lost the connection to the broker", connection=self._name)
             attempt += 1
@@ -220,9 +244,30 @@ class Link:
         url = self._url
         if "heartbeat" not in url.query:
             url = url.update_query(heartbeat=HEARTBEAT_S)
-        return await aio_pika.connect(
-            url, client_properties={"connection_name": self._name}, timeout=_CONNECT_TIMEOUT_S
-        )
+        context = None
+        if url.scheme == "amqps":
+            try:
+                # In a thread: the system's authorities are a hundred files.
+                context = await asyncio.to_thread(self._tls.context)
+            except TlsError as error:
+                raise BrokerUnavailable(str(error)) from None
+        try:
+            return await aio_pika.connect(
+                url,
+                ssl_context=context,
+                client_properties={"connection_name": self._name},
+                timeout=_CONNECT_TIMEOUT_S,
+            )
+        except aiormq.exceptions.AMQPConnectionError as error:
+            # With TLS 1.3 we are through before the broker has looked at our certificate: its
+            # refusal is a lost connection, or nothing at all.
+            lost = "Server connection" in str(error)
+            if context is None or not lost or self._tls.cert_file or explain(error):
+                raise
+            raise BrokerUnavailable(
+                "the broker ended the connection; it may ask for a client certificate "
+                f"({self._tls.setting}_CERT_FILE)"
+            ) from error
 
     def _on_blocked(self, reason: str | None) -> None:
         self.blocked = reason

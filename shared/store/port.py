@@ -91,6 +91,8 @@ TOPIC_REPORTS = "reports"
 """Hinted when a report carries news that should not wait for the next tick."""
 TOPIC_REGISTRY = "registry"
 """Hinted when a model was registered or removed, loaded or unloaded."""
+TOPIC_LEASE = "lease"
+"""Hinted when a placer let its lease go in order: who stands by need not wait."""
 TOPIC_CANCELLED = "cancelled"
 """Noted when clients hung up: requests that need not run any more (shared/cancels.py)."""
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import structlog
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -37,6 +37,7 @@ from shared import control
 from shared.control import Assignment, Report
 from shared.names import ModelId
 from shared.store.port import ASSIGNMENT_TTL_S, StoreUnavailable
+from shared.tls import SYSTEM, ClientTls, TlsError, explain
 
 log = structlog.get_logger(__name__)
 
@@ -88,8 +89,13 @@ class RedisStore:
     """One service's access to the store. See `shared.store.port.Store` for the laws."""
 
     def __init__(
-        self, url: str, prefix: str = "roost:", assignment_ttl_s: float = ASSIGNMENT_TTL_S
+        self,
+        url: str,
+        prefix: str = "roost:",
+        assignment_ttl_s: float = ASSIGNMENT_TTL_S,
+        tls: ClientTls = SYSTEM,
     ) -> None:
+        """`tls` counts with `rediss://`; its files are read for each connection."""
         self._prefix = prefix
         self._assignment_ttl_ms = int(assignment_ttl_s * 1000)
         # redis-py's own retries are off: from_url and Redis() disagree on their number, and
@@ -103,16 +109,19 @@ class RedisStore:
         }
         self._decoded: dict[str, tuple[bytes, Report]] = {}
         """Reports as read last, by worker."""
-        self._redis: Redis = Redis(
-            connection_pool=BlockingConnectionPool.from_url(
-                url, max_connections=16, timeout=_TIMEOUT_S, **options
-            )
+        pool = BlockingConnectionPool.from_url(
+            url, max_connections=16, timeout=_TIMEOUT_S, **options
         )
         # A subscription waits without end, so its socket must not time out.
-        self._listener: Redis = Redis.from_url(
-            url,
-            **options | {"socket_timeout": None, "health_check_interval": 5},
+        listening = ConnectionPool.from_url(
+            url, **options | {"socket_timeout": None, "health_check_interval": 5}
         )
+        if url.startswith("rediss:"):
+            for each in (pool, listening):
+                each.connection_class = _TlsConnection
+                each.connection_kwargs["tls"] = tls
+        self._redis: Redis = Redis(connection_pool=pool)
+        self._listener: Redis = Redis(connection_pool=listening)
         self._put_assignment = self._redis.register_script(_PUT_ASSIGNMENT)
         self._acquire_lease = self._redis.register_script(_ACQUIRE_LEASE)
         self._release_lease = self._redis.register_script(_RELEASE_LEASE)
@@ -347,4 +356,21 @@ class RedisStore:
                 return None
             raise StoreUnavailable(f"the store refused a command: {error}") from error
         except (exceptions.RedisError, OSError, TimeoutError) as error:
-            raise StoreUnavailable(f"the store cannot be reached: {error}") from error
+            said = explain(error) or error
+            raise StoreUnavailable(f"the store cannot be reached: {said}") from error
+
+
+class _TlsConnection(SSLConnection):
+    """The driver keeps a context for as long as its pool lives, and has its own way with files."""
+
+    def __init__(self, *, tls: ClientTls, **options: Any) -> None:
+        super().__init__(**options)
+        self._tls = tls
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        arguments = dict(super(SSLConnection, self)._connection_arguments())
+        try:
+            arguments["ssl"] = self._tls.context()
+        except TlsError as error:
+            raise exceptions.ConnectionError(str(error)) from None
+        return arguments

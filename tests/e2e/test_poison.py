@@ -4,6 +4,7 @@ kept, and the way back."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_a_model_that_crashes_is_quarantined_and_released(two):
     one = found[0]["id"]
     shown = dead(two, "show", one)
     assert '"name": "x"' in shown
-    assert "666" not in shown
+    assert not re.search(r"(?<![0-9a-f])666(?![0-9a-f])", shown)  # but in an id, by chance
     assert "is quarantined" in dead(two, "replay", one, check=False)
     assert len(letters(two)) == 2
 

@@ -21,6 +21,7 @@ from shared.broker.port import (
     PublishUncertain,
     QueueMissing,
 )
+from shared.broker.session import Link, Session, asked
 from shared.errors import RoostError, Unavailable
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(180)]
@@ -434,3 +435,49 @@ async def test_start_fails_when_the_frame_hook_does_not_hold(
     with pytest.raises(RuntimeError, match="frames"):
         await asyncio.wait_for(broker.start(), 20)
     await broker.close()
+
+
+async def test_a_handshake_that_ends_early_is_no_connection_yet() -> None:
+    """aiormq says `StopAsyncIteration` when the broker hangs up at a certain moment of the
+    handshake (as one that is just ending or starting does): it is tried again, not given up."""
+
+    async def handshake() -> None:
+        raise StopAsyncIteration
+
+    with pytest.raises(BrokerUnavailable):
+        await asked(handshake())
+
+
+async def test_a_connection_that_has_been_up_is_never_given_up(proxy: Proxy) -> None:
+    """Whatever goes wrong when it comes again: else a service would live on without it."""
+    prepared = 0
+
+    async def prepare(_: Session) -> None:
+        nonlocal prepared
+        prepared += 1
+        if prepared == 2:
+            raise ValueError("a fault of ours")
+
+    link = Link(through(proxy), "test", prepare)
+    link.start()
+    first = await asyncio.wait_for(link.up(), 30)
+    proxy.cut()
+    await asyncio.wait_for(first.lost.wait(), 30)
+    await until(lambda: prepared == 3 and link.session is not None)
+    await link.close()
+
+
+async def test_a_half_open_connection_is_noticed_by_its_silence(proxy: Proxy) -> None:
+    """No end and no reset come through it; after three heartbeats it is lost, and made anew."""
+
+    async def prepare(_: Session) -> None:
+        """Nothing is needed on it."""
+
+    link = Link(f"{through(proxy)}?heartbeat=1", "test", prepare)
+    link.start()
+    first = await asyncio.wait_for(link.up(), 30)
+    proxy.flowing.clear()
+    await asyncio.wait_for(first.lost.wait(), 30)
+    proxy.flowing.set()
+    await until(lambda: link.session is not None and link.session is not first)
+    await link.close()

@@ -138,6 +138,32 @@ async def test_a_released_model_has_another_chance(rig, agents):
     await until(lambda: deaths(agents) == 6)
 
 
+async def test_a_release_while_no_placer_is_there_counts(rig, agents):
+    """Released while all placers are down, the model is served as soon as there is one again: by
+    the very worker that quarantined it, to which it is still assigned."""
+    crash = register(rig, "crash")
+    repository = Repository(str(rig.root))
+    agents.begin("w0")
+    placer = await rig.start_placer()
+    await until_fleet(placer, "w0")
+    assert await ask(rig, "crash") == "ok"
+    await until(lambda: rig.exchange.bindings.get("crash"))
+    await placer.kill()
+    queue = names.model_queue(crash)
+    for _ in range(2):  # its queue is consumed still, and its name leads there
+        assert await poison(rig, "crash") == "quarantined"
+    await until(lambda: crash in repository.quarantined())
+    assert await asyncio.to_thread(repository.release, "crash") == [crash]
+    await told(rig)
+    placer = await rig.start_placer()
+    await placer.until_leads()
+    async with asyncio.timeout(30):
+        while await ask(rig, "crash") != "ok":
+            await asyncio.sleep(0.01)
+    assert repository.quarantined() == {}
+    assert queue in rig.exchange.queues
+
+
 async def test_an_assignment_from_before_loads_nothing_that_is_quarantined(rig, agents):
     """A worker looks by itself as it fetches: the placer may be away, or not yet know."""
     deadly, good = register(rig, "deadly"), register(rig, "good")

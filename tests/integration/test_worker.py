@@ -21,6 +21,7 @@ import pytest
 from roost.local.ports import free_ports
 from services.worker.app import run
 from services.worker.config import WorkerConfig
+from services.worker.journal import Journal
 from shared.broker.memory import MemoryBroker, MemoryExchange
 from shared.broker.port import Message
 from shared.connect import open_broker, open_store
@@ -412,6 +413,30 @@ async def test_a_model_that_kills_engines_as_it_loads_is_kept_from_them(tmp_path
         await until(lambda: stage.model(good).bound)
         assert output(await stage.ask(good, [[1, 2]])) == [[2, 4]]
         assert len(stage.engine.lives) == 3
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+async def test_a_model_that_ended_whole_workers_is_known(tmp_path, deaths):
+    """Agents that died together with their engines as they loaded it left word: after one the model
+    is tried once more, after two it is kept from all engines."""
+    digest, _ = Repository(str(tmp_path / "repository")).put_blob([archive(1000)])
+    for _ in range(deaths):
+        journal = Journal(str(tmp_path))
+        journal.open()
+        journal.begun("echo/1", digest)
+        os.close(journal._file)  # as its process is killed
+    async with working(tmp_path) as stage:
+        model = stage.register("echo")
+        if deaths == 1:
+            await stage.bound(model)
+            assert stage.repository.quarantined() == {}
+            return
+        await stage.assign(model)
+        await until(lambda: any(m.phase == "failed" for m in stage.models()))
+        assert stage.engine.loads == []
+        await until(lambda: model in stage.repository.quarantined())
+        told = stage.repository.quarantined()[model]
+        assert told.reason == "it ended 2 workers as it was loaded"
 
 
 async def test_a_model_whose_requests_kill_engines_is_quarantined(tmp_path):

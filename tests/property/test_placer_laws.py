@@ -3,6 +3,8 @@ that die, fail, fall silent and repeat themselves, and with placers that replace
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ from shared.control import ModelReport, Report
 from shared.fit import can_be_served, fit_tiers
 from shared.models import Footprint, Manifest, Placement
 from shared.names import ModelId
+from shared.tenants import Quota
 from tests.property.test_placer_core import NOW, POLICY, served, views
 
 TICK_S = 0.2
@@ -169,6 +172,9 @@ class _Worker:
 class Loop(RuleBasedStateMachine):
     """One placer's term after another, over the same workers and the same store."""
 
+    tenants: Mapping[ModelId, str] = {}
+    """Whose models are; nobody's where nothing is said."""
+
     @initialize()
     def begin(self) -> None:
         self.now = 1000.0
@@ -178,6 +184,7 @@ class Loop(RuleBasedStateMachine):
         self.stored: dict[str, tuple[int, int, frozenset[ModelId]]] = {}
         self.depths = dict.fromkeys(MODELS, 0)
         self.stale: list[tuple[int, Knowledge]] = []
+        self.quotas: dict[str, Quota] = {}
         self.new_placer()
         self.join(0)
 
@@ -190,11 +197,13 @@ class Loop(RuleBasedStateMachine):
             self.stale.append((self.fence, self.knowledge))
         self.fence += 1
         self.knowledge = Knowledge(Policy(), clock=lambda: self.now)
+        self.knowledge.bound_tenants(self.quotas)
         for model in MODELS:
             name = model.removesuffix("/1")
             manifest = Manifest(
                 name=name, version=1, digest="sha256:" + "0" * 64, size_bytes=SIZES[model],
                 created_at=0.0, placement=PLACEMENTS.get(model, Placement()),
+                tenant=self.tenants.get(model, ""),
             )  # fmt: skip
             self.knowledge.activate(model, manifest, why="law")
             self.knowledge.defaults[name] = 1
@@ -283,6 +292,9 @@ class Loop(RuleBasedStateMachine):
 
     # --- parts ---
 
+    def _check_planned(self, before: View, after: View) -> None:
+        """Around each plan that was committed."""
+
     def _hear(self, name: str) -> None:
         worker = self.workers[name]
         _, generation, models = self.stored.get(name, (0, 0, frozenset()))
@@ -311,10 +323,12 @@ class Loop(RuleBasedStateMachine):
                 manifest = knowledge.retiring[model].active.manifest
                 knowledge.activate(model, manifest, why="asked again")
         knowledge.see(list(self.told.values()), dict(self.depths), self.now)
-        kept, refused = verify(plan(knowledge.view(), knowledge.policy), knowledge.view())
+        before = knowledge.view()
+        kept, refused = verify(plan(before, knowledge.policy), knowledge.view())
         assert not refused
         knowledge.commit(kept)
         knowledge.remember(kept)
+        self._check_planned(before, knowledge.view())
         again = plan(knowledge.view(), knowledge.policy)
         assert not again.changes, f"{kept}\nthen {again}"
         self._write(knowledge, self.fence)

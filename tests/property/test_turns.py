@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.core.batch import LEVEL_TARGETS
@@ -22,7 +22,9 @@ PADDING = Padding(inputs={"x": 0}, sizes=(8, 16, 64))
 def device() -> SimpleNamespace:
     """Every model is ready."""
     models = {
-        name: SimpleNamespace(id=name, measured=Measured(1, None), busy_s=0.0, suspect=False)
+        name: SimpleNamespace(
+            id=name, measured=Measured(1, None), busy_s=0.0, suspect=False, tenant=""
+        )
         for name in MODELS
     }
     return SimpleNamespace(
@@ -126,6 +128,7 @@ def test_across_models_a_more_urgent_one_is_passed_over_only_for_fairness(asked,
 
 
 @given(st.integers(0, 9), st.integers(0, 9))
+@settings(deadline=None)
 def test_a_stream_of_higher_levels_keeps_nobody_waiting_for_ever(lower, higher):
     """The bound: ten target times for each level between them."""
     lower, higher = sorted((lower, higher))

@@ -4,12 +4,13 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import structlog
 
-from shared import logs
+from shared import config, logs
+from shared.logs import configure
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +142,74 @@ def test_auto_is_json_away_from_a_terminal() -> None:
     logs.configure("gateway", "auto", stream=stream)
     structlog.get_logger().info("x")
     assert lines(stream)
+
+
+SECRET = "s3cr3t-of-31337"
+
+
+class Tensor:
+    """Whose words would tell what is in it."""
+
+    def __repr__(self) -> str:
+        return f"Tensor({SECRET})"
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data": SECRET.encode()},
+        {"data": memoryview(SECRET.encode())},
+        {"request": Tensor()},
+        {"list": [Tensor(), {"x": [SECRET.encode()]}]},
+        {"deep": [[[[[SECRET]]]]]},
+        {"url": f"amqp://user:{SECRET}@host/"},
+        {"url": f"got amqp://user:{SECRET}/@@host/ from"},
+        {"url": f"https://host/x?region=a&api_key={SECRET}&x=1"},
+        {"password": SECRET},
+        {"headers": {"authorization": f"Bearer {SECRET}"}},
+        {"error": f"refused: Bearer {SECRET}"},
+        {"error": "a key roost_0123456789ab_" + "0123456789abcdef" * 4},
+        {"error": ValueError(f"amqp://user:{SECRET}@host/")},
+    ],
+)
+def test_lines_carry_no_secrets_and_no_tensors(
+    form: Literal["json", "console"], fields: dict[str, object]
+) -> None:
+    """Whoever logs them, and however deep they are."""
+    stream = io.StringIO()
+    configure("test", form, stream=stream)
+    structlog.get_logger().info("happened", **fields)
+    assert "happened" in stream.getvalue()
+    assert SECRET not in stream.getvalue()
+    assert "0123456789abcdef" * 4 not in stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_a_password_of_ours_is_found_wherever_it_is_quoted(
+    form: Literal["json", "console"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a driver's own words, and in a traceback."""
+    monkeypatch.setattr(config, "secrets", set())
+    environ = {"ROOST_AMQP_URL": f"amqp://user:{SECRET}@host/"}
+    config.load(config.CommonConfig, "X", environ)
+    monkeypatch.setattr(logs, "secrets", config.secrets)
+    stream = io.StringIO()
+    configure("test", form, stream=stream)
+    logging.getLogger("driver").warning("login of %r was refused", SECRET)
+    try:
+        int(f"user={SECRET}")
+    except ValueError:
+        structlog.get_logger().exception("failed")
+    assert "was refused" in stream.getvalue()
+    assert "ValueError" in stream.getvalue()
+    assert SECRET not in stream.getvalue()
+
+
+def test_long_values_are_cut() -> None:
+    """Each says how long it was."""
+    stream = io.StringIO()
+    configure("test", "json", stream=stream)
+    structlog.get_logger().info("happened", text="x" * 100_000, many=list(range(10_000)))
+    assert len(stream.getvalue()) < 5_000
+    assert "100000 characters" in stream.getvalue()

@@ -98,12 +98,15 @@ async def test_first_signal_asks_second_ends() -> None:
 SERVICE = """
 import asyncio, sys
 from shared import logs
+from shared.config import ConfigError
 from shared.supervise import run_service
 
 async def main(stop):
     how = sys.argv[1]
     if how == "fails":
         raise RuntimeError("no way")
+    if how == "told wrongly":
+        raise ConfigError("ROOST_X is wrong")
     if how == "returns":
         return
     if how == "let go":
@@ -163,6 +166,15 @@ def test_a_service_that_ends_unasked_has_failed(how: str, event: str) -> None:
     assert service.returncode == 1
     assert f'"event":"{event}"' in err
     assert "no way" in err or how != "fails"
+
+
+def test_a_wrong_setting_that_shows_late_is_one_line() -> None:
+    """For whoever sits at the terminal, as one that is seen at once; and the status is 2."""
+    with start("told wrongly") as service:
+        _, err = service.communicate(timeout=20)
+    assert service.returncode == 2
+    assert err.splitlines()[-1] == "ROOST_X is wrong"
+    assert "Traceback" not in err
 
 
 def test_a_service_that_was_let_go_ended_well() -> None:

@@ -9,22 +9,15 @@ flight has no entry, so idle registered models cost nothing here.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-import msgspec
+from services.gateway.core.quotas import Quotas, Rejection
+from shared.quotas import Quota
 
 DRAIN_HORIZON_S = 10.0
 """Time constant of the drain rate: long enough to see several batches of a slow model, short
 enough to forget a spike."""
 RETRY_AFTER_MAX_S = 30
-
-
-class Rejection(msgspec.Struct, frozen=True):
-    """Why a request may not enter now."""
-
-    reason: str
-    """`model_full`, `tenant_full` or `bytes_full`; a metric's label."""
-    message: str
-    retry_after_s: int
 
 
 class _Flow:
@@ -63,6 +56,7 @@ class Admission:
         self._model_limit = model_inflight_limit
         self._bytes_limit = inflight_bytes_limit
         self._tenant_limit = tenant_inflight_limit
+        self._quotas = Quotas()
         self._flows: dict[str, _Flow] = {}
         self._tenants: dict[str, _Flow] = {}
         self.held_bytes = 0
@@ -71,7 +65,16 @@ class Admission:
     def __repr__(self) -> str:
         return f"<Admission {self.in_flight} in flight, {self.held_bytes:,} bytes held>"
 
-    def hold(self, nbytes: int) -> Rejection | None:
+    def set_quotas(self, quotas: Mapping[str, Quota], now: float) -> None:
+        """From now on these hold, by tenant; requests under way stay."""
+        self._quotas.set(quotas, now)
+
+    def spend(self, tenant: str, now: float) -> Rejection | None:
+        """One request of the tenant arrives, unless it has asked too often. Before its body is
+        read: whoever asks too often must not cost that."""
+        return self._quotas.spend(tenant, now)
+
+    def hold(self, nbytes: int, tenant: str = "") -> Rejection | None:
         """Takes `nbytes` of the room for bodies, or says why not (and takes nothing)."""
         if self.held_bytes + nbytes > self._bytes_limit:
             return Rejection(
@@ -80,16 +83,19 @@ class Admission:
                 f"its limit is {self._bytes_limit:,}",
                 1,
             )
-        self.held_bytes += nbytes
-        return None
+        rejection = self._quotas.hold(tenant, nbytes)
+        if rejection is None:
+            self.held_bytes += nbytes
+        return rejection
 
     def keep(self, nbytes: int) -> None:
         """Takes room for bytes that are there already and cannot be refused: an answer that its
         client is slow to read. While there are many, new requests find no room."""
         self.held_bytes += nbytes
 
-    def drop(self, nbytes: int) -> None:
+    def drop(self, nbytes: int, tenant: str = "") -> None:
         """Gives back what `hold` or `keep` took."""
+        self._quotas.drop(tenant, nbytes)
         self.held_bytes -= nbytes
 
     def enter(self, model: str, now: float, tenant: str = "") -> Rejection | None:
@@ -102,9 +108,10 @@ class Admission:
                 f"{flow.in_flight} requests of model {model!r} are in flight already",
                 _drained_s(flow, now),
             )
-        if tenant and self._tenant_limit is not None:
+        if tenant:
             asking = self._tenants.get(tenant)
-            if asking is not None and asking.in_flight >= self._tenant_limit:
+            limit = self._quotas.of(tenant).concurrency or self._tenant_limit
+            if asking is not None and limit is not None and asking.in_flight >= limit:
                 return Rejection(
                     "tenant_full",
                     f"{asking.in_flight} requests of this tenant are in flight already",
@@ -118,7 +125,7 @@ class Admission:
     def leave(self, model: str, now: float, *, answered: bool, tenant: str = "") -> None:
         """The request ended. Only an answered one says how fast the model drains."""
         _leave(self._flows, model, now, answered=answered)
-        if tenant and self._tenant_limit is not None:
+        if tenant:
             _leave(self._tenants, tenant, now, answered=answered)
         self.in_flight -= 1
 
@@ -131,6 +138,7 @@ class Admission:
     def validate(self) -> None:
         """Raises `AssertionError` when a law of this class is broken."""
         assert self.held_bytes >= 0, "gave back more bytes than were held"
+        self._quotas.validate()
         for flows in (self._flows, self._tenants):
             assert all(flow.in_flight > 0 for flow in flows.values()), "an idle entry"
         assert self.in_flight == sum(flow.in_flight for flow in self._flows.values())

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -220,6 +220,7 @@ def _time(ms: int) -> str:
 
 # --- files ------------------------------------------------------------------------------
 
+_T = TypeVar("_T")
 _LENGTH_BYTES: Final = 4
 _encode: Final = msgspec.json.Encoder().encode
 _jobs: Final = msgspec.json.Decoder(Job)
@@ -236,13 +237,20 @@ def encode_file(what: Job | Ended, body: bytes) -> bytes:
 def decode_job(data: bytes) -> tuple[Job, bytes]:
     """Raises `ValueError`."""
     head, body = _split(data)
-    return _jobs.decode(head), body
+    return _decoded(_jobs, head), body
 
 
 def decode_ended(data: bytes) -> tuple[Ended, bytes]:
     """Raises `ValueError`."""
     head, body = _split(data)
-    return _ends.decode(head), body
+    return _decoded(_ends, head), body
+
+
+def _decoded(decoder: msgspec.json.Decoder[_T], head: bytes) -> _T:
+    try:
+        return decoder.decode(head)
+    except RecursionError as error:  # what is not known is skipped, however it is nested
+        raise ValueError(str(error)) from None
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:

@@ -53,6 +53,10 @@ class Pending(Generic[W]):
             raise ValueError(f"correlation id {correlation_id!r} was used before")
         self._waiting[correlation_id] = waiter
 
+    def awaits(self, correlation_id: str) -> bool:
+        """Whether somebody still waits for this one."""
+        return correlation_id in self._waiting
+
     def resolve(self, correlation_id: str | None) -> W | Stray:
         """A reply came: the waiter that gets it, or what kind of stray the reply is."""
         if correlation_id is None:

@@ -135,7 +135,7 @@ class Tallies:
         for data in others:
             try:
                 total.add(_decode(data))
-            except (msgspec.MsgspecError, RecursionError):
+            except (ValueError, RecursionError):
                 continue  # of a gateway of another release
         return total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from services.gateway.callers import Callers
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
 from services.gateway.grpc.health import HealthService
@@ -32,6 +33,7 @@ def open_server(
     metrics: Metrics,
     tracing: Tracing | None,
     stop: asyncio.Event,
+    callers: Callers,
 ) -> GrpcServer:
     """The server over these parts, not started. `stop` ends those who watch its health."""
     service = InferenceService(
@@ -43,5 +45,6 @@ def open_server(
         lifecycle,
         admission,
         rpc,
+        callers,
     )
     return GrpcServer(config, [service.handler(), HealthService(config, rpc, stop).handler()])

@@ -6,6 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 
+def metadata_of(context: Context) -> dict[bytes, bytes]:
+    """The call's metadata, as HTTP has its headers."""
+    return {
+        key.encode(): value if isinstance(value, bytes) else value.encode("latin-1", "replace")
+        for key, value in context.invocation_metadata() or ()
+    }
+
+
 class Context(Protocol):
     """Of `grpc.aio.ServicerContext`."""
 

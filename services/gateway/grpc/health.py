@@ -13,7 +13,7 @@ from services.gateway.grpc import health_pb2 as pb
 from services.gateway.grpc.context import Context
 from services.gateway.grpc.reading import parsed, receive
 from services.gateway.grpc.service import NAME as INFERENCE
-from services.gateway.grpc.service import guarded
+from services.gateway.grpc.service import guarded, open_to_all
 from services.gateway.rpc import Rpc
 from shared.errors import ModelNotFound
 
@@ -40,8 +40,12 @@ class HealthService:
         return grpc.method_handlers_generic_handler(
             _NAME,
             {
-                "Check": grpc.stream_unary_rpc_method_handler(guarded("Check", self.check)),
-                "Watch": grpc.stream_stream_rpc_method_handler(guarded("Watch", self.watch)),
+                "Check": grpc.stream_unary_rpc_method_handler(
+                    guarded("Check", self.check, open_to_all)
+                ),
+                "Watch": grpc.stream_stream_rpc_method_handler(
+                    guarded("Watch", self.watch, open_to_all)
+                ),
             },
         )
 
@@ -71,7 +75,7 @@ class HealthService:
         return name
 
     def _status(self) -> Any:
-        serving = self._rpc.ready and not self._stop.is_set()
+        serving = self._rpc.inviting and not self._stop.is_set()
         return Status.Value("SERVING" if serving else "NOT_SERVING")
 
 

@@ -9,13 +9,14 @@ from typing import Final
 
 from structlog.contextvars import bind_contextvars
 
-from services.gateway.asked import Read, Tenants
+from services.gateway.asked import Read
 from services.gateway.body import ClientGone, Held, Rejected
+from services.gateway.callers import asking
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
 from services.gateway.grpc import inference_pb2 as pb
-from services.gateway.grpc.context import Context
-from services.gateway.grpc.messages import infer_body, infer_response
+from services.gateway.grpc.context import Context, metadata_of
+from services.gateway.grpc.messages import infer_body, infer_response, typed_bytes
 from services.gateway.grpc.reading import NoMessage, parsed, receive
 from services.gateway.grpc.spans import serving_call, told
 from services.gateway.grpc.statuses import refuse
@@ -64,11 +65,10 @@ class GrpcInference:
         self._metrics = metrics
         self.config = config
         self.limits = v2.Limits(body_bytes=config.request_limit_bytes)
-        self.tenants = Tenants(config.tenant_header)
 
     async def answer(self, context: Context, correlation_id: str) -> bytes:
         """The serialised answer to one call. Raises as `Inference.answer`, and `NoMessage`."""
-        held = Held(self._admission)
+        held = Held(self._admission, asking().tenant)
         try:
             message = await self._message(context, held)
             name = message.model_name
@@ -99,7 +99,9 @@ class GrpcInference:
                 data = await receive(
                     context, held, self.config.request_limit_bytes, self.config.body_timeout_s
                 )
-            return parsed(pb.ModelInferRequest, data, _NESTED)
+            message = parsed(pb.ModelInferRequest, data, _NESTED)
+            held.grow(typed_bytes(message))
+            return message
         except (RoostError, ClientGone, NoMessage) as error:
             code = error.code if isinstance(error, RoostError) else "client_closed"
             if isinstance(error, Rejected):
@@ -136,10 +138,8 @@ class GrpcAsked:
         self.name = message.model_name
         self.version = message.model_version or None
         self.correlation_id = correlation_id
-        self.metadata = {
-            key.encode(): value if isinstance(value, bytes) else value.encode("latin-1", "replace")
-            for key, value in context.invocation_metadata() or ()
-        }
+        self.tenant = asking().tenant
+        self.metadata = metadata_of(context)
         self.split_key = self.metadata.get(_SPLIT_KEY, b"").decode("latin-1")
         self._inference = inference
         self._context = context
@@ -160,7 +160,6 @@ class GrpcAsked:
             body=body,
             header_length=header_length,
             remaining_s=self._context.time_remaining(),
-            tenant=self._inference.tenants.of(self.metadata),
             traceparent=traceparent,
             tracestate=tracestate,
         )

@@ -37,6 +37,8 @@ _CONTENTS: Final[dict[str, tuple[str, Datatype]]] = {
 }
 """Where a tensor's elements stand in `InferTensorContents`, and as what."""
 
+_ELEMENT_BYTES: Final = 16
+
 
 class _Input(msgspec.Struct, omit_defaults=True):
     name: str
@@ -88,6 +90,17 @@ def infer_body(message: pb.ModelInferRequest, limits: v2.Limits) -> tuple[bytes,
     outputs = [_output(output) for output in message.outputs] or None
     header = _encode(_Request(inputs, parameters, message.id or None, outputs))
     return b"".join((header, *pieces)), len(header) if size else None
+
+
+def typed_bytes(message: pb.ModelInferRequest) -> int:
+    """What the elements in `contents` take as parsed: a byte on the wire may be eight here, and an
+    empty text sixteen."""
+    total = 0
+    for tensor in message.inputs:
+        if tensor.HasField("contents"):
+            for field, _ in _CONTENTS.values():
+                total += _ELEMENT_BYTES * len(getattr(tensor.contents, field))
+    return total
 
 
 def infer_response(body: bytes, header_length: int | None) -> bytes:

@@ -26,6 +26,10 @@ _MOST_FIELDS: Final = 4096
 """More than `v2.Limits` lets any request have. An empty one takes 2 bytes, and some 100 parsed."""
 
 
+_GROUPS: Final = (3, 4)
+"""Begin and end of one, as kinds of fields."""
+
+
 class NoMessage(Exception):
     """The call ended before its message: it was cancelled, or refused for its size."""
 
@@ -98,6 +102,9 @@ def _count_fields(message: bytes, nested: frozenset[int]) -> None:
                 at += size
             elif kind == 5:
                 at += 4
+            elif kind in _GROUPS:
+                # Older than protobuf 2: the parser would skip it, and read on behind it.
+                raise InvalidRequest("the message has groups, which no request has")
             else:
                 return
 

@@ -11,6 +11,7 @@ import grpc.aio
 import structlog
 
 from services.gateway.config import GatewayConfig
+from shared.tls import HANDSHAKE_TIMEOUT_S, Identity
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +26,12 @@ KEEPALIVE_TIMEOUT_S: Final = 20
 CONNECTION_AGE_S: Final = 600
 """Then a client is asked to connect anew, which it does unseen: so gateways that came later get
 their share, and a connection that takes no answers does not stay for ever."""
+IDLE_S: Final = 120
+"""A connection without calls is closed, which its client does not see: it connects anew. Else
+whoever opened all that there may be, and said nothing, would keep others out."""
+METADATA_BYTES: Final = 16 * 1024
+"""Of a call, names and values: gRPC's own hard limit, said so that it stays. Beyond it the call is
+refused unread."""
 PING_INTERVAL_MS: Final = 200
 """Clients that ping more often are sent away. Triton's name no least interval; a second is what
 impatient ones use, and a ping costs next to nothing."""
@@ -48,6 +55,10 @@ def options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS),
         ("grpc.max_connection_age_ms", CONNECTION_AGE_S * 1000),
+        ("grpc.max_connection_idle_ms", round(IDLE_S * 1000)),
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+        ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT_S * 1000)),
         ("grpc.max_connection_age_grace_ms", round((config.max_timeout_s + 30) * 1000)),
     ]
 
@@ -61,11 +72,17 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers(tuple(handlers))
 
     async def start(self) -> int:
-        """Takes calls. Returns the port. Raises `OSError` if it cannot listen."""
+        """Takes calls. Returns the port. Raises `OSError` if it cannot listen, `TlsError` for
+        files that cannot be used."""
         host, port = self._config.host, self._config.grpc_port
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound: int = self._server.add_insecure_port(address)
+            if self._config.tls is None:
+                bound: int = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(
+                    address, _credentials(Identity(self._config.tls))
+                )
         except RuntimeError as error:
             raise OSError(f"gRPC cannot listen on {address}: {error}") from None
         await self._server.start()
@@ -80,3 +97,17 @@ class GrpcServer:
             grace = grace_s
         finally:
             await self._server.stop(grace)
+
+
+def _credentials(identity: Identity) -> grpc.ServerCredentials:
+    """Asked anew for each connection, so that a renewed certificate is shown from the next on."""
+
+    def now() -> grpc.ServerCertificateConfiguration:
+        pem = identity.pem
+        return grpc.ssl_server_certificate_configuration(((pem.key, pem.chain),), pem.client_ca)
+
+    return grpc.dynamic_ssl_server_credentials(
+        now(),
+        lambda: now() if identity.renew() else None,  # in a thread of gRPC's
+        require_client_authentication=identity.pem.client_ca is not None,
+    )

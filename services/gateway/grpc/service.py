@@ -12,10 +12,11 @@ import msgspec
 import structlog
 
 from services.gateway.body import ClientGone, Held
+from services.gateway.callers import Callers, asked_by, asking
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
 from services.gateway.grpc import inference_pb2 as pb
-from services.gateway.grpc.context import Context
+from services.gateway.grpc.context import Context, metadata_of
 from services.gateway.grpc.infer import GrpcInference
 from services.gateway.grpc.messages import parameters_of
 from services.gateway.grpc.reading import NoMessage, parsed, receive
@@ -26,7 +27,8 @@ from services.gateway.routes import Routes
 from services.gateway.rpc import Rpc
 from services.gateway.statistics import Statistics
 from services.gateway.status import Status
-from shared.errors import InvalidRequest, ModelNotFound, RoostError
+from shared.auth import ANYBODY, Caller, Need
+from shared.errors import ECHOING, InvalidRequest, ModelNotFound, RoostError
 from shared.logs import bound
 from shared.names import check_name
 
@@ -35,6 +37,7 @@ log = structlog.get_logger(__name__)
 RequestT = TypeVar("RequestT")
 AnswerT = TypeVar("AnswerT")
 Serve = Callable[[Context], Awaitable[bytes]]
+Admit = Callable[[Context], Awaitable[Caller]]
 
 NAME: Final = "inference.GRPCInferenceService"
 _BODY_BYTES: Final = 1024 * 1024
@@ -68,6 +71,7 @@ class InferenceService:
         lifecycle: Lifecycle,
         admission: Admission,
         rpc: Rpc,
+        callers: Callers,
     ) -> None:
         self._config = config
         self._inference = inference
@@ -77,30 +81,36 @@ class InferenceService:
         self._lifecycle = lifecycle
         self._admission = admission
         self._rpc = rpc
+        self._callers = callers
 
     def handler(self) -> grpc.GenericRpcHandler:
         """All methods, for a server."""
-        methods: dict[str, Serve] = {
-            "ServerLive": self._told(pb.ServerLiveRequest, self.live),
-            "ServerReady": self._told(pb.ServerReadyRequest, self.ready),
-            "ServerMetadata": self._told(pb.ServerMetadataRequest, self.server),
-            "ModelReady": self._told(pb.ModelReadyRequest, self.model_ready),
-            "ModelMetadata": self._told(pb.ModelMetadataRequest, self.metadata),
-            "ModelConfig": self._told(pb.ModelConfigRequest, self.configuration),
-            "ModelStatistics": self._told(pb.ModelStatisticsRequest, self.statistics),
-            "ModelInfer": self.infer,
-            "RepositoryIndex": self._told(pb.RepositoryIndexRequest, self.index),
-            "RepositoryModelLoad": self.load,
-            "RepositoryModelUnload": self._told(pb.RepositoryModelUnloadRequest, self.unload),
+        methods: dict[str, tuple[Need, Serve]] = {
+            "ServerLive": ("open", self._told(pb.ServerLiveRequest, self.live)),
+            "ServerReady": ("open", self._told(pb.ServerReadyRequest, self.ready)),
+            "ServerMetadata": ("read", self._told(pb.ServerMetadataRequest, self.server)),
+            "ModelReady": ("read", self._told(pb.ModelReadyRequest, self.model_ready)),
+            "ModelMetadata": ("read", self._told(pb.ModelMetadataRequest, self.metadata)),
+            "ModelConfig": ("read", self._told(pb.ModelConfigRequest, self.configuration)),
+            "ModelStatistics": ("read", self._told(pb.ModelStatisticsRequest, self.statistics)),
+            "ModelInfer": ("infer", self.infer),
+            "RepositoryIndex": ("read", self._told(pb.RepositoryIndexRequest, self.index)),
+            "RepositoryModelLoad": ("push", self.load),
+            "RepositoryModelUnload": (
+                "push",
+                self._told(pb.RepositoryModelUnloadRequest, self.unload),
+            ),
         }
         # Streams as gRPC's Python has it: then the message can be waited for within a time. On the
         # wire there is no difference.
         handlers = {
-            name: grpc.stream_unary_rpc_method_handler(guarded(name, serve))
-            for name, serve in methods.items()
+            name: grpc.stream_unary_rpc_method_handler(guarded(name, serve, self._admit(need)))
+            for name, (need, serve) in methods.items()
         }
         for name, why in _ABSENT.items():
-            handlers[name] = grpc.stream_unary_rpc_method_handler(_absent(why))
+            handlers[name] = grpc.stream_unary_rpc_method_handler(
+                guarded(name, _absent(why), self._admit("read"))
+            )
         return grpc.method_handlers_generic_handler(NAME, handlers)
 
     # --- the server and its models
@@ -109,7 +119,7 @@ class InferenceService:
         return pb.ServerLiveResponse(live=True)
 
     async def ready(self, _: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=self._rpc.ready)
+        return pb.ServerReadyResponse(ready=self._rpc.inviting)
 
     async def server(self, _: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(**self._status.server())
@@ -157,7 +167,7 @@ class InferenceService:
 
     async def load(self, context: Context) -> bytes:
         config = self._config
-        held = Held(self._admission)
+        held = Held(self._admission, asking().tenant)
         try:
             data = await receive(context, held, config.load_limit_bytes, config.body_timeout_s)
             # Tens of megabytes would hold up everybody else.
@@ -180,6 +190,12 @@ class InferenceService:
 
     # --- parts
 
+    def _admit(self, need: Need) -> Admit:
+        async def admit(context: Context) -> Caller:
+            return await self._callers.admit(metadata_of(context), need)
+
+        return open_to_all if need == "open" else admit
+
     async def _addressed(self, request: Any) -> tuple[str, int | None]:
         """Name and version, where an alias may stand for it. Raises `InvalidRequest`,
         `ModelNotFound`."""
@@ -195,17 +211,25 @@ class InferenceService:
         return serve
 
 
+async def open_to_all(_: Context) -> Caller:
+    """Needs no key."""
+    return ANYBODY
+
+
 def guarded(
-    name: str, serve: Callable[[Context], Awaitable[AnswerT]]
+    name: str, serve: Callable[[Context], Awaitable[AnswerT]], admit: Admit
 ) -> Callable[[Any, Context], Awaitable[AnswerT]]:
-    """Whatever goes wrong becomes a status; of what is our fault, the client learns no more."""
+    """Whoever is admitted, is served. Whatever goes wrong becomes a status; of what is our fault,
+    the client learns no more."""
 
     async def call(_: Any, context: Context) -> AnswerT:
         try:
-            return await serve(context)
+            with asked_by(await admit(context)):
+                return await serve(context)
         except RoostError as error:
             if error.code in {"internal", "model_failed"}:  # the others could be a flood
-                log.warning("request_failed", code=error.code, error=error.message)
+                said = "" if error.code in ECHOING else error.message
+                log.warning("request_failed", code=error.code, error=said)
             await refuse(context, error.code, error.message, error.retry_after_s)
         except ClientGone:
             raise asyncio.CancelledError from None  # for gRPC, which began it
@@ -220,8 +244,8 @@ def guarded(
     return call
 
 
-def _absent(why: str) -> Callable[[Any, Context], Awaitable[NoReturn]]:
-    async def call(_: Any, context: Context) -> NoReturn:
+def _absent(why: str) -> Callable[[Context], Awaitable[NoReturn]]:
+    async def call(context: Context) -> NoReturn:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, why)
         raise AssertionError("aborted")
 

@@ -87,9 +87,10 @@ class Jobs:
         if not self._broker.connected:
             raise Unavailable("the message broker is not connected", retry_after_s=1)
         now_ms = _now_ms()
-        held = Held(self._admission)
+        held = Held(self._admission, asked.tenant)
         try:
             target = await self._routes.target(asked.name, asked.version, asked.split_key)
+            self._inference.spend(asked.tenant)
             taken = await self._inference.take(asked, target, held)
             job = self._job(asked, taken, now_ms)
             with self._admitted(job):
@@ -131,7 +132,7 @@ class Jobs:
             model=name,
             version=asked.version,
             split_key=asked.split_key[:_KEY_CHARS],
-            tenant=read.tenant,
+            tenant=asked.tenant,
             request_id=read.request.id,
             created_ms=now_ms,
             deadline_ms=deadline,
@@ -157,8 +158,9 @@ class Jobs:
                 raise Unavailable("the message broker is not connected", retry_after_s=1) from error
             raise
 
-    async def find(self, id_: str, tenant: str) -> Job | Ended:
-        """A job as it stands now. Raises `JobNotFound` also for what is another tenant's."""
+    async def find(self, id_: str, tenant: str | None) -> Job | Ended:
+        """A job as it stands now. Raises `JobNotFound` also for what is another tenant's; None
+        sees everybody's."""
         found = await asyncio.to_thread(self._files.find, check_id(id_))
         if isinstance(found, Job) and _now_ms() >= found.deadline_ms:
             # Written down, so that nobody is told otherwise later.
@@ -168,7 +170,7 @@ class Jobs:
             raise JobNotFound("there is no such job")
         return found
 
-    async def result(self, id_: str, tenant: str) -> Replied:
+    async def result(self, id_: str, tenant: str | None) -> Replied:
         """What `infer` would have answered. Raises `NotDone` before the end, `JobNotFound`."""
         found = await self.find(id_, tenant)
         if isinstance(found, Job):
@@ -181,7 +183,7 @@ class Jobs:
             raise JobNotFound("the job was cancelled: it has no result")
         return Replied(Message(body=body, headers={**end.headers}), end.code)
 
-    async def remove(self, id_: str, tenant: str) -> None:
+    async def remove(self, id_: str, tenant: str | None) -> None:
         """Cancels a job that has not ended, which can be seen until it would have been removed;
         removes one that has. Raises `JobNotFound`."""
         found = await self.find(id_, tenant)
@@ -218,9 +220,9 @@ async def publish_note(broker: Broker, note: Note, timeout_s: float) -> None:
     await broker.publish("", queue_of(note.id[0]), message, timeout_s=timeout_s)
 
 
-def _hidden(found: Job | Ended, tenant: str) -> bool:
+def _hidden(found: Job | Ended, tenant: str | None) -> bool:
     job = found if isinstance(found, Job) else found.job
-    return job.tenant != tenant
+    return tenant is not None and job.tenant != tenant
 
 
 def _now_ms() -> int:

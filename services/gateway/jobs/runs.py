@@ -19,6 +19,7 @@ import structlog
 
 from services.gateway.asked import Read
 from services.gateway.body import ClientGone, Held
+from services.gateway.callers import Callers, asked_by
 from services.gateway.config import GatewayConfig
 from services.gateway.core.jobs import (
     SHARDS,
@@ -76,6 +77,7 @@ class JobAsked:
         # All its turns ask the same version of a split.
         self.split_key = job.split_key or job.id
         self.correlation_id = correlation_id
+        self.tenant = ""  # a tenant's places are for what it waits for
         self.job = job
         self.cancelled = asyncio.Event()
         self._files = files
@@ -92,8 +94,6 @@ class JobAsked:
             body=body,
             header_length=job.header_length,
             remaining_s=(job.deadline_ms - _now_ms()) / 1000,
-            # The tenant's places are for what it waits for.
-            tenant="",
             traceparent=job.traceparent,
             tracestate=job.tracestate,
             level=LEVEL,
@@ -117,7 +117,9 @@ class JobRuns:
         store: Store,
         files: JobFiles,
         metrics: Metrics,
+        callers: Callers,
     ) -> None:
+        self._callers = callers
         self._config = config
         self._inference = inference
         self._broker = broker
@@ -170,16 +172,20 @@ class JobRuns:
                 if asked is not None and cancel_name(id_) in names:
                     asked.cancelled.set()
 
+    async def leave(self) -> None:
+        """Takes no more jobs. What has its turn goes on with it."""
+        self._stopping = True
+        consumers = list(self._consumers.values())
+        await asyncio.gather(*(consumer.cancel() for consumer in consumers))
+
     async def close(self) -> None:
         """Gives back what is under way: other gateways go on with it."""
-        self._stopping = True
-        for consumer in self._consumers.values():
-            await consumer.cancel()
+        await self.leave()
         for task in self._turns:
             task.cancel()
         if self._turns:
             await asyncio.wait(set(self._turns))
-        for consumer in self._consumers.values():
+        for consumer in list(self._consumers.values()):
             await consumer.close()
 
     # --- one note ---------------------------------------------------------------------------
@@ -249,7 +255,8 @@ class JobRuns:
             return None
         asked = self._running[job.id] = JobAsked(job, self._files, self._rpc.new_id())
         try:
-            replied = await self._inference.answer(asked)
+            with asked_by(self._callers.for_job(job.tenant)):
+                replied = await self._inference.answer(asked)
             error = _passing(replied)
         except ClientGone:
             return None  # cancelled: whoever did that has ended it

@@ -66,6 +66,20 @@ class Explained(msgspec.Struct, frozen=True, gc=False):
     why: str
 
 
+class Held(msgspec.Struct, frozen=True, gc=False):
+    """What one tenant has of the fleet, after the plan."""
+
+    tenant: str
+    """Empty: nobody's models."""
+    device_bytes: int = 0
+    """Weights and workspace of the copies of its models."""
+    need: float = 0.0
+    """Device-seconds per second that its models are asked for."""
+    given: float = 0.0
+    """Of that, what is planned for: less where all together ask for more than there is."""
+    active_models: int = 0
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to change, and why nothing else."""
 
@@ -80,6 +94,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """To be kept for the next view: since when each model has had a copy too many."""
     fleet_since: FleetSince = FleetSince()
     pace: Pace = Pace()
+    tenants: tuple[Held, ...] = ()
+    """Those that have active models; none where all is nobody's."""
 
     @property
     def changes(self) -> bool:
@@ -127,4 +143,5 @@ def applied(view: View, plan: Plan) -> View:
         },
         fleet_since=plan.fleet_since,
         pace=plan.pace,
+        quotas=view.quotas,
     )

@@ -19,6 +19,7 @@ from services.placer.core.fleet import Fleet
 from services.placer.core.labels import Labels
 from services.placer.core.refused import Refused
 from services.placer.core.refusing import refuse
+from services.placer.core.tenancy import whole_bytes
 from services.placer.core.victims import Victims
 from services.placer.core.view import ModelView, expected
 from shared.control import ModelReport
@@ -82,12 +83,14 @@ class Chooser:
         facts: ModelView,
         *,
         may_evict: bool = False,
+        reclaim: bool = False,
         extra: bool = False,
         among: Bools | None = None,
     ) -> Chosen | Refused | PutOff:
         """The worker that will serve one more copy soonest: by what is running there, and by
         what it costs to load. One whose device has room is taken before any other; then one that
-        has room in its host's memory, and swaps; last one where others must make room. An
+        has room in its host's memory, and swaps; last one where others must make room (`reclaim`:
+        also what is asked, of tenants that hold more than their share). An
         `extra` copy does not go where enough was loaded lately. `among`: one of these."""
         fleet = self.fleet
         reports = self._reports(facts.model)
@@ -95,6 +98,9 @@ class Chooser:
         if among is not None:
             score[~among] = np.inf
         sizes = self._sizes(facts, reports)
+        no = self._over_quota(facts, score, sizes)
+        if no is not None:
+            return no
         free = fleet.free()
         device = np.where(sizes.least <= free, score, np.inf)
         for worker in _ascending(device):
@@ -107,8 +113,9 @@ class Chooser:
                 if self._refusal(facts, worker) is None:
                     return self._chosen(facts, worker, score, reports, ", to be swapped in")
         if may_evict:
-            room += self.victims.reclaimable()
-            best = self._evicting(facts, np.where(sizes.least <= room, score, np.inf))
+            room += self.victims.reclaimable(facts.model, reclaim=reclaim)
+            candidates = np.where(sizes.least <= room, score, np.inf)
+            best = self._evicting(facts, candidates, reclaim=reclaim)
             if isinstance(best, PutOff):
                 return best
             if best is not None:
@@ -122,22 +129,56 @@ class Chooser:
         reports = self._reports(facts.model)
         score, _ = self._scores(facts, reports, extra=True)
         free = fleet.free() - (policy.spare_reserve * fleet.budget).astype(np.int64)
-        score[self._sizes(facts, reports).most > free] = np.inf
+        sizes = self._sizes(facts, reports)
+        score[sizes.most > free] = np.inf
+        if self._over_quota(facts, score, sizes) is not None:
+            return None
         score[~fleet.serves] = np.inf
         score[fleet.busy > policy.spare_below] = np.inf
         for worker in _ascending(score):
             return self._chosen(facts, worker, score, reports, "")
         return None
 
+    def needs(self, facts: ModelView) -> tuple[int, int]:
+        """The least and the most that one more copy would count for its tenant, by where it may
+        be; 0 where it can be nowhere."""
+        reports = self._reports(facts.model)
+        score, _ = self._scores(facts, reports, extra=False)
+        most = np.broadcast_to(self._sizes(facts, reports).most, score.shape)
+        able = most[np.isfinite(score)]
+        return (int(able.min()), int(able.max())) if len(able) else (0, 0)
+
     def fits(self, facts: ModelView, worker: int) -> Refusal | None:
-        """None when the worker has room for the model, else why not."""
+        """None when the worker has room for the model and its tenant may have it, else why not."""
         free = self.fleet.budget[worker] - self.fleet.used[worker]
         size = self.fleet.size_on(worker, facts.model)
+        no = self.fleet.tenancy.refusal(facts.model, whole_bytes(size))
+        if no is not None:
+            return no
         if size.weights_bytes + size.workspace_bytes <= free:
             return None
         return self._refusal(facts, worker)
 
     # --- parts ------------------------------------------------------------------------------
+
+    def _over_quota(self, facts: ModelView, score: Floats, sizes: _Sizes) -> Refused | None:
+        """Takes out of the score where a copy would be more than its tenant may have; says so when
+        it was all."""
+        tenancy = self.fleet.tenancy
+        left = tenancy.left(facts.model)
+        if left is None:
+            return None
+        most = np.broadcast_to(sizes.most, score.shape)
+        able = most[np.isfinite(score)]
+        score[most > left] = np.inf
+        if not len(able) or np.isfinite(score).any():
+            return None
+        need = int(able.min())
+        told = tenancy.refusal(facts.model, need)
+        assert told is not None, "it was more than is left"
+        hopeless = need > int(tenancy.quota[tenancy.of(facts.model)])
+        never = hopeless and not self.fleet.holders(facts.model)
+        return Refused(facts.model, told, "quota", permanent=never, code="resource_exhausted")
 
     def _scores(
         self, facts: ModelView, reports: dict[int, ModelReport], *, extra: bool
@@ -211,7 +252,7 @@ class Chooser:
         return fit_tiers(size, held, seen.budget_bytes, seen.host_bytes)
 
     def _evicting(
-        self, facts: ModelView, score: Floats
+        self, facts: ModelView, score: Floats, *, reclaim: bool
     ) -> tuple[int, tuple[ModelId, ...], float] | PutOff | None:
         """Where making room costs least, and who makes it: regret is in the score's unit. Of
         those that were looked at, when there is no work left for more."""
@@ -226,7 +267,7 @@ class Chooser:
                 continue
             if self.victims.spent():
                 return best or PutOff(frozenset(searched))
-            found = self.victims.make_room(worker, facts)
+            found = self.victims.make_room(worker, facts, reclaim=reclaim)
             if found is None:
                 searched.add(names[worker])
             elif score[worker] + found[1] < lowest:

@@ -23,6 +23,7 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 EVERYWHERE = Placement()
+NOBODY = ("",)
 ANY_NUMBER = 1 << 40
 """The limit of copies of a model that has none."""
 
@@ -50,6 +51,10 @@ class Columns(msgspec.Struct, frozen=True):
     priority: Ints
     placed: Sequence[ModelId]
     """Those with a word on where they may be (`Placement`)."""
+    tenant: Ints
+    """Whose each is: a number in `tenants`."""
+    tenants: Sequence[str] = NOBODY
+    """The first is nobody."""
 
     @property
     def usual(self) -> Floats:
@@ -132,6 +137,8 @@ def columns_of(models: Mapping[ModelId, ModelView]) -> Columns:
         return models.columns
     views = list(models.values())
     demands = [facts.demand for facts in views]
+    tenants = {"": 0}
+    tenant = [tenants.setdefault(facts.tenant, len(tenants)) for facts in views]
     return Columns(
         row={model: row for row, model in enumerate(models)},
         ids=list(models),
@@ -149,6 +156,8 @@ def columns_of(models: Mapping[ModelId, ModelView]) -> Columns:
         limit=np.array([f.copies_limit(ANY_NUMBER) for f in views], np.int64),
         priority=np.array([f.priority for f in views], np.int64),
         placed=[f.model for f in views if f.placement != EVERYWHERE],
+        tenant=np.array(tenant, np.int64),
+        tenants=tuple(tenants),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from services.placer.core.columns import Bools, Floats, Ints, columns_of, facts_of
 from services.placer.core.policy import Policy
 from services.placer.core.rooms import rooms
+from services.placer.core.tenancy import Tenancy, fairly, whole_bytes
 from services.placer.core.view import Binding, ModelView, Move, View, expected, footprint
 from shared.fit import can_be_served, used_bytes
 from shared.models import Footprint
@@ -24,19 +25,21 @@ class Fleet:
 
     Laws: `count[row]` is the number of serving workers to which a model is assigned, without
     stalled ones where it cannot wait for them (`_hurries`), `holding` of all; only assigned models
-    count against a budget, since a worker drops unbound weights by itself. Worker rows are in the
-    order of their names.
+    count against a budget, since a worker drops unbound weights by itself. Copies that `counts` are
+    what their tenant holds (`tenancy`); `columns.need` is what it is to have (`tenancy.fairly`).
+    Worker rows are in the order of their names.
     """
 
     def __init__(self, view: View, policy: Policy) -> None:
         self.view = view
         self.policy = policy
-        self.columns = columns_of(view.models)
+        columns = columns_of(view.models)
+        self.tenancy = Tenancy(columns, view.quotas)
         self.names = sorted(view.workers)
         self.number = {name: number for number, name in enumerate(self.names)}
         self.workers = [view.workers[name] for name in self.names]
         seen = self.workers
-        self.rooms = rooms(seen, view.models, self.columns.row)
+        self.rooms = rooms(seen, view.models, columns.row)
         self.takes: Bools = np.array([each.takes_new for each in seen], bool)
         self.serves: Bools = np.array([each.serves for each in seen], bool)
         self.stalled: Bools = np.array([each.stalled for each in seen], bool)
@@ -46,6 +49,8 @@ class Fleet:
         self.copied: Floats = np.array([each.copied_s for each in seen], float)
         self.slowness: Floats = np.array([each.slowness for each in seen], float)
         self.serving = int(self.serves.sum())
+        capacity = policy.target_utilization * self.serving
+        self.columns = fairly(columns, self.tenancy, self.serving, capacity)
         self._count_bindings()
         self.follow_moves(view.pace.moves)
         self._per_byte: float | None = None
@@ -186,7 +191,7 @@ class Fleet:
         self._assigned[worker][model] = binding
         self._sizes[worker][model] = self.size_on(worker, model)
         self._holders(model).append(worker)
-        self._counted(model, worker, 1)
+        self._counted(model, worker, 1, self._sizes[worker][model])
         self._asked_for(model, 1)
         self.copied[worker] += load_s
         self.used[worker] = used_bytes(self._sizes[worker].values())
@@ -195,9 +200,9 @@ class Fleet:
         self._touch(worker)
         self._asked_for(model, -1)
         del self._assigned[worker][model]
-        del self._sizes[worker][model]
+        size = self._sizes[worker].pop(model)
         self._holders(model).remove(worker)
-        self._counted(model, worker, -1)
+        self._counted(model, worker, -1, size)
         self._asked_for(model, 1)
         self.used[worker] = used_bytes(self._sizes[worker].values())
 
@@ -234,6 +239,10 @@ class Fleet:
         serving = known & self.serves[self.binding_worker]
         serving &= ~(self.stalled[self.binding_worker] & self.hurries[self.binding_row])
         self.count: Ints = np.bincount(self.binding_row[serving], minlength=rows)
+        if self.tenancy.counts:
+            whole = _joined([room.whole for room in self.rooms])[serving]
+            tenants = self.columns.tenant[self.binding_row[serving]]
+            np.add.at(self.tenancy.held, tenants, whole)
         share = self.columns.need / np.maximum(self.count, 1)
         asked = np.bincount(
             self.binding_worker[known],
@@ -284,13 +293,14 @@ class Fleet:
             self._assigned[worker] = dict(self.workers[worker].assigned)
             self._sizes[worker] = dict(self.rooms[worker].sizes)
 
-    def _counted(self, model: ModelId, worker: int, by: int) -> None:
+    def _counted(self, model: ModelId, worker: int, by: int, size: Footprint) -> None:
         row = self.columns.row.get(model)
         if row is None:
             return
         self.holding[row] += by
         if self.counts(model, worker):
             self.count[row] += by
+            self.tenancy.add(model, by * whole_bytes(size))
 
     def _is_served(self, worker: int) -> bool:
         seen = self.workers[worker]

@@ -24,7 +24,12 @@ from services.placer.core.changes import (
 from services.placer.core.fleet import is_asked
 from services.placer.core.planner import Planner
 from services.placer.core.policy import Policy
-from services.placer.core.release import drop_strays, release_surplus, relieve_overfull
+from services.placer.core.release import (
+    drop_strays,
+    release_surplus,
+    relieve_overfull,
+    relieve_quotas,
+)
 from services.placer.core.spare import add_spare
 from services.placer.core.view import ModelView, View
 from shared.names import ModelId
@@ -38,9 +43,11 @@ __all__ = [
 def plan(view: View, policy: Policy) -> Plan:
     """Decides for the whole fleet, as of `view.at`."""
     planner = Planner(view, policy)
-    # 1. What should not be where it is: unknown, failed, or more than the device holds.
+    # 1. What should not be where it is: unknown, failed, more than the device holds, or more than
+    #    its tenant may have.
     drop_strays(planner)
     relieve_overfull(planner)
+    relieve_quotas(planner)
     # 2. What is not needed any more goes, slowly; and where a move has come to its end.
     release_surplus(planner)
     finish_moves(planner)

@@ -5,14 +5,17 @@ Each step finds by columns which models it concerns, and then looks at those alo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 import numpy as np
 
 from services.placer.core.changes import Bind, Explained, Plan, Retire, Unbind
 from services.placer.core.choose import Chooser, Chosen, PutOff
-from services.placer.core.columns import Bools, Ints
+from services.placer.core.columns import Bools, Ints, columns_of
 from services.placer.core.fleet import Fleet, is_asked
 from services.placer.core.policy import Policy
+from services.placer.core.quotas import Given, barred, by_turns, make_way, put_back
 from services.placer.core.refused import Refused
 from services.placer.core.view import Binding, ModelView, Move, Pace, View
 from services.placer.core.wanted import workers_wanted
@@ -43,6 +46,7 @@ class Planner:
         self._retired: set[ModelId] = set()
         self._looked = 0
         self._searched: dict[ModelId, frozenset[str]] = {}
+        self._over_quota: dict[ModelId, float] = {}
         self._raised = False
         self.unfinished = False
         """Something that is urgent was left for the next planning."""
@@ -63,6 +67,7 @@ class Planner:
                 self.pace = msgspec.structs.replace(self.pace, put_off=put_off)
             return False
         self._raised = True
+        self._over_quota.clear()
         before = len(self.bind) + len(self.unbind)
         self.refused.clear()
         self.chooser.victims.again()
@@ -94,6 +99,7 @@ class Planner:
             self.pace,
             put_off=put_off,
             searched={model: searched[model] for model in put_off if model in searched},
+            over_quota=dict(self._over_quota),
         )
         return len(self.bind) + len(self.unbind) != before
 
@@ -148,24 +154,51 @@ class Planner:
         """Finds a worker for one more copy, if need be with idle models making room."""
         copies = self.fleet.copies(facts.model)
         too_few = copies < facts.min_copies
+        may_evict = force or is_asked(facts) or too_few
+        # Of its tenant's quota room is made by its tenant alone, and before anybody else makes any.
+        given = self._give_up(facts) if may_evict else []
         chosen = self.chooser.choose(
             facts,
-            may_evict=force or is_asked(facts) or too_few,
+            may_evict=may_evict,
+            reclaim=True,
             extra=bool(copies) and not too_few and not self._starves(facts),
         )
+        put_back(self.fleet, given)
         self._looked += 1
         if isinstance(chosen, PutOff):
             self._searched[facts.model] = chosen.searched
             return False
         if isinstance(chosen, Refused):
+            chosen = self._waited_for_quota(facts, chosen)
             self._looked += _REFUSED_WORK
             self.refused.append(chosen)
             self._whys[facts.model] = str(chosen.refusal)
             return False
+        for each in given:
+            self.evict(each.model, each.worker, facts.model)
         for victim in chosen.victims:
             self.evict(victim, chosen.worker, facts.model)
         self.put(facts.model, chosen, reason)
         return True
+
+    def _give_up(self, facts: ModelView) -> list[Given]:
+        """Copies that the model's tenant gives up for it, taken from the picture."""
+        if self.fleet.tenancy.left(facts.model) is None:
+            return []
+        least, most = self.chooser.needs(facts)
+        given = make_way(self.fleet, self.chooser.victims, facts.model, least, most)
+        self._looked += len(given)
+        return given
+
+    def _waited_for_quota(self, facts: ModelView, no: Refused) -> Refused:
+        """Who is asked and has no copy, and whose tenant may have no more, is refused for good
+        after a while: its requests are told."""
+        if no.kind != "quota" or self.fleet.holders(no.model) or not is_asked(facts):
+            return no
+        since = self.view.pace.over_quota.get(no.model, self.view.at)
+        self._over_quota[no.model] = since
+        late = self.view.at - since >= self.policy.quota_wait_s
+        return msgspec.structs.replace(no, permanent=no.permanent or late)
 
     def put(self, model: ModelId, chosen: Chosen, reason: str, *, spare: bool = False) -> None:
         """Binds a copy where it was chosen to be."""
@@ -213,9 +246,10 @@ class Planner:
         """Whether enough was taken away: half of the work is for those that wait."""
         return len(self.unbind) + len(self.retire) >= max(self.policy.work_per_tick // 2, 1)
 
-    def _due(self, wants: Ints) -> list[ModelId]:
+    def _due(self, wants: Ints) -> Iterable[ModelId]:
         """Models that want more, the most urgent first: who was put off for too long; who has
-        nothing; by priority; who was put off, the longest first; by need."""
+        nothing; whose tenant holds least over its share; by priority; who was put off, the longest
+        first; by need."""
         columns, count = self.columns, self.fleet.count
         rows = np.flatnonzero(columns.present & ((wants > count) | (count == 0)))
         waited, at = self.view.pace.put_off, self.view.at
@@ -231,7 +265,10 @@ class Planner:
             models,
             strict=True,
         )
-        return [model for *_, model in sorted(due)]
+        ordered = sorted(due)
+        if self.fleet.tenancy.several:
+            return by_turns(ordered, self.fleet.tenancy, self.spent)
+        return [model for *_, model in ordered]
 
     def _wanted(self) -> Ints:
         """`plan.want` of all models."""
@@ -244,17 +281,23 @@ class Planner:
     def _starves(self, facts: ModelView) -> bool:
         """Whether its only copy is asked for more than a device can do: its second waits for
         nothing."""
-        return self.fleet.copies(facts.model) == 1 and facts.demand.need > 1.0
+        need = float(self.columns.need[self.columns.row[facts.model]])
+        return self.fleet.copies(facts.model) == 1 and need > 1.0
 
     def evict(self, victim: ModelId, worker: int, newcomer: ModelId) -> None:
         """Unbinds a copy that makes room."""
+        self.give(victim, worker, f"makes room for {newcomer}", f"made room for {newcomer}")
+
+    def give(self, victim: ModelId, worker: int, reason: str, rest: str) -> None:
+        """Unbinds a copy that others need more; with the last one that serves also those on
+        workers that leave, for which `rest` is the reason."""
         self._victims.add(victim)
         facts = self.view.models.get(victim)
         idle = facts is not None and not is_asked(facts)
-        self.remove(victim, worker, f"makes room for {newcomer}", idle=idle)
+        self.remove(victim, worker, reason, idle=idle)
         if not self.fleet.copies(victim):
             for leaving in self.fleet.holders(victim):
-                self.remove(victim, leaving, f"made room for {newcomer}", idle=idle)
+                self.remove(victim, leaving, rest, idle=idle)
 
     def _made_room(self, facts: ModelView) -> bool:
         """Whether it lost its last binding in this very plan, and nobody will miss it."""
@@ -293,6 +336,7 @@ class Planner:
             unplaceable=[no for no in self.refused if self._hurts(no)],
             assigned_bytes=self.fleet.used_bytes(),
             device_bytes=self.fleet.used_bytes(on_device=True),
+            barred=barred(self.fleet),
         )
         return Plan(
             bind=tuple(self.bind),
@@ -312,13 +356,15 @@ class Planner:
             low_since=self.low_since,
             fleet_since=since,
             pace=self.pace,
+            tenants=self.fleet.tenancy.told(columns_of(self.view.models), self.columns),
         )
 
     def _hurts(self, refused: Refused) -> bool:
         """Whether requests wait in vain; a second copy less is only slower."""
         facts = self.view.models[refused.model]
         unserved = not self.fleet.copies(refused.model)
-        return unserved and not refused.permanent and (is_asked(facts) or facts.min_copies > 0)
+        barred = refused.permanent or refused.kind == "quota"
+        return unserved and not barred and (is_asked(facts) or facts.min_copies > 0)
 
 
 def _is_missed(facts: ModelView | None) -> bool:

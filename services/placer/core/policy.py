@@ -100,6 +100,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     a tick: too short to take anything from it, which its report's end does (3 s)."""
     silent_share: float = 0.5
     """... unless more of the fleet than this is silent: then it is the store, or ourselves."""
+    quota_wait_s: float = 5.0
+    """Requests for a model whose tenant may have no more copies wait so long for one of the
+    tenant's own to make room; then they are answered with the reason. Longer than models that have
+    just come are kept (`victim_min_age_s`)."""
     grow_above: float = 0.85
     """More workers are wanted when demand exceeds this share of the fleet."""
     grow_after_s: float = 0.6

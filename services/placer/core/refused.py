@@ -11,12 +11,12 @@ from shared.names import ModelId
 
 Kind = Literal[
     "no_room", "too_large", "failed_to_load", "no_worker", "leaving", "has_all", "no_match",
-    "spread", "loading", "overtaken",
+    "spread", "loading", "overtaken", "quota",
 ]  # fmt: skip
 """Why not, in a word: for metrics, where a text with numbers or a model's own error would make
 series without end. `no_match`: no worker has the labels; `spread`: all that do share one with a
 copy that is there; `loading`: who could take it has loaded enough lately; `overtaken`: the fleet
-changed while it was planned."""
+changed while it was planned; `quota`: its tenant may have no more."""
 
 
 class Refused(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ from services.placer.core.changes import Retire
 from services.placer.core.columns import Bools
 from services.placer.core.fleet import is_asked
 from services.placer.core.planner import Planner
+from services.placer.core.quotas import give_up, put_back
 from shared.names import ModelId
 
 
@@ -45,6 +46,43 @@ def relieve_overfull(planner: Planner) -> None:
                 planner.unfinished = True  # it cannot serve them: not only at the next tick
                 return
             planner.remove(_least_missed(planner, worker), worker, "the device is over its budget")
+
+
+def relieve_quotas(planner: Planner) -> None:
+    """Tenants that hold more than they may, as their quota was lowered or a worker came back: what
+    they can do without goes; then what is idle, and copies of what has several, however new. The
+    last copy of what is asked stays until it is idle: no request is dropped."""
+    fleet = planner.fleet
+    for tenant in fleet.tenancy.over():
+        reason = f"tenant {fleet.tenancy.names[tenant]} holds more than it may"
+        given = give_up(fleet, planner.chooser.victims, tenant, keep=None, left=0)
+        put_back(fleet, given)
+        for each in given:
+            planner.give(each.model, each.worker, reason, reason)
+        while tenant in fleet.tenancy.over():
+            if planner.tidied():
+                planner.unfinished = True
+                return
+            found = _least_needed(planner, tenant)
+            if found is None:
+                break
+            planner.give(*found, reason, reason)
+
+
+def _least_needed(planner: Planner, tenant: int) -> tuple[ModelId, int] | None:
+    """Of the tenant's copies, the one that goes first when it holds too much."""
+    fleet, columns, count = planner.fleet, planner.columns, planner.fleet.count
+    idle = ~columns.asked & (planner.view.at - columns.last_active >= planner.policy.victim_idle_s)
+    some = columns.present & (columns.tenant == tenant) & (count > 0) & (idle | (count > 1))
+    rows = np.flatnonzero(some)
+    if not len(rows):
+        return None
+    each = columns.need[rows] / count[rows]
+    first = np.lexsort((columns.last_active[rows], each, columns.priority[rows], ~idle[rows]))[0]
+    model = columns.ids[rows[first]]
+    assert model is not None, "a row that a model has"
+    held = [worker for worker in fleet.holders(model) if fleet.counts(model, worker)]
+    return model, max(held, key=lambda worker: (fleet.assigned(worker)[model].since, worker))
 
 
 def release_surplus(planner: Planner) -> None:

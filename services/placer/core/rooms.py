@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from services.placer.core.columns import Floats, Ints, Models, facts_of
+from services.placer.core.tenancy import whole_bytes
 from services.placer.core.view import ModelView, WorkerView, footprint
 from shared.fit import can_be_served, used_bytes
 from shared.models import Footprint
@@ -18,7 +19,7 @@ class Room:
     """One worker's part of a view; never changed."""
 
     __slots__ = (
-        "_budget", "_owner", "_reported", "_served", "_shares", "assigned", "bytes",
+        "_budget", "_owner", "_reported", "_served", "_shares", "_whole", "assigned", "bytes",
         "device_used", "rows", "since", "sizes", "spare", "spare_bytes", "used",
     )  # fmt: skip
 
@@ -53,9 +54,17 @@ class Room:
         self.spare = tuple(model for model, each in assigned.items() if each.spare)
         self.spare_bytes = sum(_own_bytes(self.sizes[model]) for model in self.spare)
         self._served: tuple[int, int, bool] | None = None
+        self._whole: Ints | None = None
 
     def __repr__(self) -> str:
         return f"<Room {len(self.sizes)} models, {self.used:,} bytes>"
+
+    @property
+    def whole(self) -> Ints:
+        """What each takes by itself, its workspace included: what counts for its tenant."""
+        if self._whole is None:
+            self._whole = np.array([whole_bytes(s) for s in self.sizes.values()], np.int64)
+        return self._whole
 
     def is_of(self, worker: WorkerView, models: Mapping[ModelId, ModelView]) -> bool:
         """Whether it is what a new one would be, as far as is cheap to tell: a

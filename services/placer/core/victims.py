@@ -1,4 +1,10 @@
-"""Who makes room: spare copies, then what nobody asks for, then copies that are not needed."""
+"""Who makes room: spare copies, then what nobody asks for, then copies that are not needed; last,
+between tenants, what is asked of one that holds more than its share, for one that holds less.
+
+Within each class the tenant that holds most, over its share, goes first; `priority` orders the
+models of one tenant. What is asked goes only while its tenant holds, over its share, still no less
+than the newcomer's does then: so nothing goes to and fro.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +15,25 @@ import numpy as np
 
 from services.placer.core.columns import Ints
 from services.placer.core.fleet import Fleet
+from services.placer.core.tenancy import whole_bytes
 from services.placer.core.view import ModelView
 from shared.fit import fit, fit_tiers
 from shared.names import ModelId
 
-Rank = tuple[int, int, float, float]
-"""Class, the model's priority, regret, and when it was last asked: the least goes first."""
+Rank = tuple[int, float, int, float, float]
+"""Class, what its tenant holds over its share (negative), the model's priority, regret, and when
+it was last asked: the least goes first."""
+_REGRET: Final = 3
+"""Its place in a rank."""
 
-_STRAY, _SPARE, _IDLE, _SURPLUS = range(4)
+_STRAY, _SPARE, _IDLE, _SURPLUS, _OVER_SHARE = range(5)
+_LAST_COPY: Final = 1.0
+"""Regret of what is asked and is then nowhere, beside what it is asked for."""
 _WEIGHED_WORK: Final = 2
 _TRIALS_PER_WORK: Final = 4
 """What judging all models of a worker costs, and seeing whether a newcomer fits without some,
 against choosing a place."""
+_NOBODY: Final = -1
 _NO_TRAFFIC: Final = 2.0
 """Requests within the slow average's memory from which on they are traffic that will go on. Below,
 nothing is known but which was asked last."""
@@ -34,14 +47,15 @@ class Victims:
         self.weighed = 0
         """Workers whose models were judged one by one."""
         self._trials = 0
-        self._reclaimable: Ints | None = None
+        self._reclaimable: dict[int, Ints] = {}
+        """By the tenant that reclaims; `_NOBODY`: none does."""
 
     def __repr__(self) -> str:
         return f"<Victims of {self.fleet!r}>"
 
     def again(self) -> None:
         """What was reckoned for all workers is reckoned anew: copies have come and gone."""
-        self._reclaimable = None
+        self._reclaimable = {}
 
     @property
     def work(self) -> int:
@@ -52,15 +66,20 @@ class Victims:
         """Whether one planning has searched enough."""
         return self.work >= self.fleet.policy.work_per_tick
 
-    def reclaimable(self) -> Ints:
-        """By worker, at most so many bytes could be had."""
-        if self._reclaimable is None:
-            self._reclaimable = self._bytes_of_victims()
-        return self._reclaimable
+    def reclaimable(self, model: ModelId, *, reclaim: bool) -> Ints:
+        """By worker, at most so many bytes could be had for the model."""
+        tenant = self._reclaims(model, reclaim)
+        found = self._reclaimable.get(tenant)
+        if found is None:
+            found = self._reclaimable[tenant] = self._bytes_of_victims(tenant)
+        return found
 
-    def make_room(self, worker: int, facts: ModelView) -> tuple[tuple[ModelId, ...], float] | None:
+    def make_room(
+        self, worker: int, facts: ModelView, *, reclaim: bool
+    ) -> tuple[tuple[ModelId, ...], float] | None:
         """The fewest victims, the least regretted first, with which the model fits, and the
-        regret of them all."""
+        regret of them all. `reclaim`: also of what is asked, where others hold more than their
+        share."""
         fleet = self.fleet
         seen = fleet.workers[worker]
         size = fleet.size_on(worker, facts.model)
@@ -68,7 +87,8 @@ class Victims:
             return None
         self.weighed += 1
         held = fleet.sizes(worker)
-        ranks = {m: rank for m in held if m != facts.model if (rank := self.rank(worker, m))}
+        who = facts.model if reclaim else None
+        ranks = {m: rank for m in held if m != facts.model if (rank := self.rank(worker, m, who))}
 
         def fits(without: Collection[ModelId]) -> bool:
             self._trials += 1
@@ -76,7 +96,8 @@ class Victims:
             return fit_tiers(size, stay, seen.budget_bytes, seen.host_bytes) is None
 
         if not ranks or not fits(ranks):
-            self._learn(worker, sum(held[model].weights_bytes for model in ranks))
+            total = sum(held[model].weights_bytes for model in ranks)
+            self._learn(worker, self._reclaims(facts.model, reclaim), total)
             return None
         taken: list[ModelId] = []
         for model in sorted(ranks, key=lambda model: (ranks[model], model)):
@@ -86,14 +107,18 @@ class Victims:
         for model in list(taken):
             if len(taken) > 1 and fits([m for m in taken if m != model]):
                 taken.remove(model)
-        return tuple(taken), sum(ranks[model][2] for model in taken)
+        asked = [model for model in taken if ranks[model][0] == _OVER_SHARE]
+        if asked and not self._is_fair(worker, taken, asked, facts.model):
+            return None
+        return tuple(taken), sum(ranks[model][_REGRET] for model in taken)
 
-    def rank(self, worker: int, model: ModelId) -> Rank | None:
-        """None when the model may not be taken from this worker, else what goes first."""
+    def rank(self, worker: int, model: ModelId, newcomer: ModelId | None = None) -> Rank | None:
+        """None when the model may not be taken from this worker (for the newcomer), else what goes
+        first."""
         fleet, policy, at = self.fleet, self.fleet.policy, self.fleet.view.at
         columns, row = fleet.columns, fleet.columns.row.get(model)
         if row is None:
-            return (_STRAY, 0, 0.0, 0.0)
+            return (_STRAY, 0.0, 0, 0.0, 0.0)
         binding = fleet.assigned(worker)[model]
         if binding.since >= at:
             return None
@@ -101,8 +126,11 @@ class Victims:
         need, last_active = float(columns.need[row]), float(columns.last_active[row])
         low = max(int(columns.min_copies[row]), 1)
         unneeded = need <= policy.target_utilization * (copies - 1)
+        level = 0.0
+        if fleet.tenancy.several:
+            level = -fleet.tenancy.level(int(columns.tenant[row]))
         if binding.spare and copies > low and unneeded:
-            return (_SPARE, priority, need / copies, last_active)
+            return (_SPARE, level, priority, need / copies, last_active)
         least_age = max(
             policy.victim_min_age_s, policy.victim_min_age_loads * float(columns.load_seconds[row])
         )
@@ -111,23 +139,63 @@ class Victims:
             return None
         if not columns.asked[row]:
             if at - last_active >= policy.victim_idle_s:
-                return (_IDLE, priority, self._regret(row, copies), last_active)
+                return (_IDLE, level, priority, self._regret(row, copies), last_active)
             return None
         # A copy more than its demand wants waits only for its hold-down to be over.
         if copies > 1 and unneeded:
-            return (_SURPLUS, priority, 0.0, last_active)
+            return (_SURPLUS, level, priority, 0.0, last_active)
+        if newcomer is not None and self._is_over_share(worker, model, newcomer):
+            regret = need / max(copies, 1) + (_LAST_COPY if copies <= 1 else 0.0)
+            return (_OVER_SHARE, level, priority, regret, last_active)
         return None
 
     # --- parts ---
 
-    def _learn(self, worker: int, nbytes: int) -> None:
+    def _reclaims(self, newcomer: ModelId, reclaim: bool) -> int:
+        tenancy = self.fleet.tenancy
+        return tenancy.of(newcomer) if reclaim and tenancy.several else _NOBODY
+
+    def _is_over_share(self, worker: int, model: ModelId, newcomer: ModelId) -> bool:
+        """Whether its tenant, without this copy, would hold no less over its share than that of the
+        newcomer with it. Its last copy goes only for a first one."""
+        fleet, tenancy = self.fleet, self.fleet.tenancy
+        if not tenancy.several or tenancy.of(model) == tenancy.of(newcomer):
+            return False
+        if fleet.lasting_copies(model) <= 1 and fleet.copies(newcomer):
+            return False
+        return self._is_fair(worker, [model], [model], newcomer)
+
+    def _is_fair(
+        self,
+        worker: int,
+        victims: Collection[ModelId],
+        asked: Collection[ModelId],
+        newcomer: ModelId,
+    ) -> bool:
+        """The same of all victims together, for the tenants of those that are asked."""
+        tenancy, held = self.fleet.tenancy, self.fleet.sizes(worker)
+        losers = {tenancy.of(model) for model in asked}
+        need = whole_bytes(self.fleet.size_on(worker, newcomer))
+        after = tenancy.level(tenancy.of(newcomer), need)
+        given: dict[int, int] = {}
+        for model in victims:
+            tenant = tenancy.of(model)
+            given[tenant] = given.get(tenant, 0) + whole_bytes(held[model])
+        return all(
+            tenancy.level(tenant, -nbytes) >= after
+            for tenant, nbytes in given.items()
+            if tenant in losers
+        )
+
+    def _learn(self, worker: int, tenant: int, nbytes: int) -> None:
         """It was looked at, and has no more: so nobody looks again."""
-        if self._reclaimable is not None:
+        reclaimable = self._reclaimable.get(tenant)
+        if reclaimable is not None:
             workspace = max(
                 (s.workspace_bytes for s in self.fleet.sizes(worker).values()), default=0
             )
             most = nbytes + workspace if nbytes else 0
-            self._reclaimable[worker] = min(int(self._reclaimable[worker]), most)
+            reclaimable[worker] = min(int(reclaimable[worker]), most)
 
     def _regret(self, row: int, copies: int) -> float:
         """Seconds of loading per second that giving it up will cost: how often it is asked, as a
@@ -141,9 +209,10 @@ class Victims:
             return 0.0
         return rate * (float(columns.load_seconds[row]) or policy.unknown_load_s)
 
-    def _bytes_of_victims(self) -> Ints:
-        """`rank` of all bindings of the view at once. What was bound since is no victim; what
-        was removed since counts still, and so does what a move keeps: at most, not exactly."""
+    def _bytes_of_victims(self, tenant: int) -> Ints:
+        """`rank`, for a newcomer of the tenant that reclaims, of all bindings of the view at once.
+        What was bound since is no victim; what was removed since counts still, and so does what a
+        move keeps: at most, not exactly."""
         fleet, policy, at = self.fleet, self.fleet.policy, self.fleet.view.at
         columns, rooms = fleet.columns, fleet.rooms
         workers = len(rooms)
@@ -160,7 +229,11 @@ class Victims:
             policy.victim_min_age_s, policy.victim_min_age_loads * columns.load_seconds
         )
         kept = fleet.serves[worker] & (count <= columns.min_copies)[row]
-        going = (since <= at - least_age[row]) & ~kept & (unneeded | idle)[row]
+        may_go = unneeded | idle
+        if tenant != _NOBODY:
+            levels = fleet.tenancy.held / fleet.tenancy.share
+            may_go = may_go | (levels > levels[tenant])[columns.tenant]
+        going = (since <= at - least_age[row]) & ~kept & may_go[row]
         # A spare copy, however new. Which are spare is not told here: as if all were.
         spare = np.repeat([bool(room.spare) for room in rooms], [len(r.rows) for r in rooms])
         going |= spare & (since < at) & (unneeded & (count > columns.min_copies))[row]

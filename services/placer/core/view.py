@@ -72,6 +72,8 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     target_s: float = 0.1
     """Latency that is aimed at for one request."""
     placement: Placement = Placement()
+    tenant: str = ""
+    """Whose it is (`shared.models.Manifest.tenant`)."""
 
     def copies_limit(self, workers: int) -> int:
         if self.stateful:
@@ -145,6 +147,8 @@ class Pace(msgspec.Struct, frozen=True):
     (`Policy.work_per_tick`), and since when."""
     searched: Mapping[ModelId, frozenset[str]] = {}
     """Of these, workers where nobody can make room: the search goes on with the others."""
+    over_quota: Mapping[ModelId, float] = {}
+    """Models without a copy whose tenant may have no more, and since when."""
     unfinished: bool = False
     """These, or a worker that has more than it can serve: the next planning is to come at once."""
 
@@ -158,6 +162,13 @@ class FleetSince(msgspec.Struct, frozen=True):
     """Since when nobody has asked for anything."""
 
 
+class Quota(msgspec.Struct, frozen=True, gc=False):
+    """What one tenant may have of the whole fleet (`shared.tenants`)."""
+
+    device_bytes: int | None = None
+    share: float = 1.0
+
+
 class View(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the placer knows when it decides."""
 
@@ -166,6 +177,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     models: Mapping[ModelId, ModelView] = {}
     fleet_since: FleetSince = FleetSince()
     pace: Pace = Pace()
+    quotas: Mapping[str, Quota] = {}
+    """What tenants may have, of those of whom something is said."""
 
 
 def footprint(worker: WorkerView, model: ModelId, facts: ModelView | None) -> Footprint:

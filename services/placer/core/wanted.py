@@ -44,13 +44,15 @@ def workers_wanted(
     unplaceable: Sequence[Refused],
     assigned_bytes: int,
     device_bytes: int,
+    barred: float = 0.0,
 ) -> tuple[Wanted, FleetSince]:
     """More at once (after `grow_after_s`), fewer late (after `shrink_after_s`), one at a time,
     and only when the memory of the others would do, their hosts' included, where they have it.
     While an engine starts, a model without a place waits for it, not for yet another worker.
-    Never fewer than `min_workers`; none at all only after `scale_to_zero_after_s` of silence."""
+    Never fewer than `min_workers`; none at all only after `scale_to_zero_after_s` of silence.
+    `barred`: demand of those whose tenants may have no more copies, however many workers come."""
     at, floor = view.at, policy.min_workers
-    demand = float(columns_of(view.models).need.sum())
+    demand = float(columns_of(view.models).need.sum()) - barred
     serving = [worker for worker in view.workers.values() if worker.serves]
     present = len(serving)
     idle = idle_since(view)

@@ -11,7 +11,8 @@ order but run in the order in which they were handed over; a suspect runs alone.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,7 @@ from services.worker.core.events import (
     RunBatch,
 )
 from services.worker.core.state import MAX_DEATHS, WorkerState
-from services.worker.core.turns import Turns
+from services.worker.core.turns import FairTurns
 from shared.models import ModelSpec
 from shared.names import ModelId
 
@@ -52,6 +53,7 @@ class Batch:
     size: int
     nbytes: int
     expected_s: float
+    tenant: str
 
 
 class Dispatch:
@@ -60,7 +62,7 @@ class Dispatch:
     def __init__(self, state: WorkerState, *, max_bytes_under_way: int) -> None:
         self._state = state
         self._max_bytes = max_bytes_under_way
-        self._turns = Turns()
+        self._turns = FairTurns()
         self._queues: dict[ModelId, ModelQueue] = {}
         self._waiting: dict[ModelId, ModelQueue] = {}
         """Those that are not empty."""
@@ -68,6 +70,8 @@ class Dispatch:
         """Of their heads."""
         self._order: list[tuple[float, ModelId]] = []
         """The same, by urgency."""
+        self._tenant_of: dict[ModelId, str] = {}
+        """Whose each of them is."""
         self._patient: set[ModelId] = set()
         """Those of whose queues some wait for company."""
         self._expiry = float("inf")
@@ -95,6 +99,16 @@ class Dispatch:
     def urgency(self) -> list[tuple[float, ModelId]]:
         """The models that something waits for, the most urgent first, and when that is due."""
         return list(self._order)
+
+    def share_device(self, shares: Mapping[str, float]) -> None:
+        """From now on device time is shared by tenants with these weights; 1 for the others."""
+        self._turns.shares = shares
+
+    def owed_s(self, model: ModelId) -> float:
+        """Device seconds that the tenant of a model for which something waits would have been given
+        while it waited for what is not on the device, and others were."""
+        tenant = self._tenant_of[model]
+        return self._turns.passed_over(tenant) * self._turns.shares.get(tenant, 1.0)
 
     def backlog(self, model: ModelId) -> tuple[int, float]:
         """How many wait for it, and when the first is due (infinite when none does)."""
@@ -149,7 +163,11 @@ class Dispatch:
             del self._order[bisect_left(self._order, (was, model))]
         if due is None:
             del self._due[model], self._waiting[model]
+            self._turns.waits_no_more(self._tenant_of.pop(model))
         else:
+            if was is None:
+                tenant = self._tenant_of[model] = self._state.get(model).tenant
+                self._turns.waits(tenant)
             self._due[model], self._waiting[model] = due, queue
             insort(self._order, (due, model))
 
@@ -193,7 +211,8 @@ class Dispatch:
         ahead = self._ahead_s(now)
         if ahead > AHEAD_S:
             return None
-        model = self._turns.choose(self._order, partial(self._may_run, now))
+        may = partial(self._may_run, now)
+        model = self._turns.choose(self._order, may, self._tenant_of)
         if model is None:
             return None
         known, queue = self._state.get(model), self._queues[model]
@@ -208,14 +227,15 @@ class Dispatch:
         if self._running and (formed.nbytes > room or (early and not formed.full)):
             return None
         entries, rows, nbytes, size, _ = formed
+        tenant = self._tenant_of[model]
         self.take_out(model, entries)
         if not self._running:
             self._began = now
         self._last_batch += 1
         expected = estimate(rows, size)
-        batch = Batch(self._last_batch, model, tuple(entries), rows, size, nbytes, expected)
+        batch = Batch(self._last_batch, model, tuple(entries), rows, size, nbytes, expected, tenant)
         self._running[batch.id] = batch
-        self._turns.ran(model)
+        self._turns.handed_over(model, tenant, expected)
         return batch
 
     def _may_run(self, now: float, name: ModelId) -> bool:
@@ -277,6 +297,7 @@ class Dispatch:
         if batch is None:
             return []
         self._began = now
+        self._turns.ended(batch.tenant, batch.expected_s, compute_s)
         model, queue = self._state.get(batch.model), self._queues[batch.model]
         model.measured.times.measured(batch.rows, batch.size, compute_s, len(batch.entries))
         if model.measured.note_workspace(batch.rows, batch.size, workspace_bytes):
@@ -292,6 +313,9 @@ class Dispatch:
         batch = self._running.pop(id_, None)
         if batch is None:
             return []
+        # Nobody measured it: it had what it was charged, unless it cannot have run.
+        ran_s = 0.0 if fault.code == "not_found" else batch.expected_s
+        self._turns.ended(batch.tenant, batch.expected_s, ran_s)
         self._began = now
         queue = self._queues[batch.model]
         several = len(batch.entries) > 1
@@ -314,6 +338,9 @@ class Dispatch:
         if not batches:
             return actions
         first, *behind = batches
+        self._turns.ended(first.tenant, first.expected_s, first.expected_s)
+        for batch in behind:
+            self._turns.ended(batch.tenant, batch.expected_s, 0.0)
         sure = len(first.entries) == 1 and not self._state.loading()
         kept: list[Entry] = []
         for entry in first.entries:
@@ -349,6 +376,9 @@ class Dispatch:
         assert self._waiting == {m: queue for m, queue in self._queues.items() if len(queue)}
         dues = [(queue.head.due, model) for model, queue in self._waiting.items()]
         assert self._order == sorted(dues), self
+        assert self._tenant_of.keys() == self._waiting.keys(), self
+        running = Counter(batch.tenant for batch in self._running.values())
+        self._turns.validate(Counter(self._tenant_of.values()), running)
         waiting = [e.item.item for queue in self._queues.values() for e in queue.entries()]
-        running = [e.item.item for b in self._running.values() for e in b.entries]
-        return waiting + running
+        under_way = [e.item.item for b in self._running.values() for e in b.entries]
+        return waiting + under_way

@@ -7,6 +7,7 @@ monotonic seconds; only the effects know the wall clock.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -64,6 +65,8 @@ class Assigned(msgspec.Struct, frozen=True):
     fence: int = 0
     generation: int = 0
     drain: bool = False
+    shares: Mapping[str, float] = {}
+    """Weights by which tenants share device time; 1 for the others."""
 
 
 class ModelFetched(msgspec.Struct, frozen=True):
@@ -83,6 +86,14 @@ class DeathKept(msgspec.Struct, frozen=True):
     """What `KeepDeath` told is written down, for all workers."""
 
     model: ModelId
+
+
+class DeathsFound(msgspec.Struct, frozen=True):
+    """Workers in whose place this one is ended as they loaded this file, engine and all."""
+
+    model: ModelId
+    digest: str
+    deaths: int
 
 
 class FetchFailed(msgspec.Struct, frozen=True):
@@ -148,6 +159,7 @@ Fact = (
     | ModelFetched
     | FetchFailed
     | DeathKept
+    | DeathsFound
     | ModelLoaded
     | LoadFailed
     | ModelEvicted
@@ -314,6 +326,7 @@ __all__ = [
     "ConsumerStarted",
     "ConsumerStopped",
     "DeathKept",
+    "DeathsFound",
     "DrainAsked",
     "EngineLost",
     "EngineStarted",

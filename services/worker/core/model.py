@@ -11,7 +11,14 @@ from typing import Literal
 
 import msgspec
 
-from services.worker.core.events import Action, KeepDeath, ModelFetched, ModelLoaded, TellPlacer
+from services.worker.core.events import (
+    Action,
+    DeathsFound,
+    KeepDeath,
+    ModelFetched,
+    ModelLoaded,
+    TellPlacer,
+)
 from services.worker.core.profile import Measured
 from shared.control import ModelReport, Phase, Tier
 from shared.models import Footprint, Manifest
@@ -87,6 +94,11 @@ class Model:
         if self.manifest is None or self.copyable:
             return measured
         return msgspec.structs.replace(measured, pinned=self.pinned, copyable=False)
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is (`Manifest.tenant`); nobody's as long as it was not fetched."""
+        return "" if self.manifest is None else self.manifest.tenant
 
     @property
     def copyable(self) -> bool:
@@ -211,6 +223,12 @@ class Model:
         """It ended an engine as it was loaded. Says so once it is to be kept from them."""
         self.load_deaths += 1
         why = f"it ended {self.load_deaths} engines as it was loaded"
+        return [*self._died("load", why), *self._judge()] if self.quarantined else []
+
+    def found_dead(self, fact: DeathsFound) -> list[Action]:
+        """It ended whole workers as it was loaded, before this one began."""
+        self.digest, self.load_deaths, self.suspect = fact.digest, fact.deaths, True
+        why = f"it ended {fact.deaths} workers as it was loaded"
         return [*self._died("load", why), *self._judge()] if self.quarantined else []
 
     def died_running(self) -> list[Action]:

@@ -4,6 +4,7 @@ placing.py and dispatch.py meet."""
 from __future__ import annotations
 
 from math import inf
+from typing import Final
 
 from services.worker.core.dispatch import Dispatch
 from services.worker.core.events import Action, RunBatch
@@ -11,8 +12,11 @@ from services.worker.core.model import Model
 from services.worker.core.placing import place
 from services.worker.core.state import WorkerState
 from services.worker.core.swaps import Missing, can_be_swapped_in, swap_in
-from services.worker.core.victims import Activity
+from services.worker.core.victims import Activity, Watch
 from shared.names import ModelId
+
+_MAY_WAIT: Final = 1e18
+"""Due later than anything else."""
 
 
 class Moves:
@@ -23,6 +27,8 @@ class Moves:
         self._dispatch = dispatch
         self._stuck: tuple[float, ModelId] | None = None
         """What was the most urgent of the missing when nothing could move for it."""
+        self._first: set[ModelId] = set()
+        """Those of the missing whose tenants' turn has come."""
 
     @property
     def pending(self) -> bool:
@@ -55,7 +61,7 @@ class Moves:
         running = self._dispatch.under_way > 0
         # 1. What is asked for and not on the device is swapped in.
         if may_load:
-            actions += swap_in(state, missing, now, self.activity, batches_running=running)
+            actions += swap_in(state, missing, now, self._watch_for, batches_running=running)
         # 2. What is wanted comes, in what is left of the room and of the engine's time.
         if whole:
             actions += place(
@@ -85,4 +91,37 @@ class Moves:
         if not state.swapping or not state.engine_up or state.condemned:
             return []
         waiting = ((due, state.get(name)) for due, name in self._dispatch.urgency())
-        return [(due, model) for due, model in waiting if can_be_swapped_in(state, model)]
+        missing = [(due, model) for due, model in waiting if can_be_swapped_in(state, model)]
+        owed = self._first = self._owed(missing)
+        if not owed:
+            return missing
+        return [each for each in missing if each[1].id in owed] + [
+            each for each in missing if each[1].id not in owed
+        ]
+
+    def _owed(self, missing: Missing) -> set[ModelId]:
+        """Of each tenant at most one: the most urgent, if others were given as much of the device
+        while it was missing as bringing it in takes. Less would be lost in going to and fro."""
+        owed: set[ModelId] = set()
+        tenants: set[str] = set()
+        for _, model in missing:
+            if model.tenant not in tenants:
+                tenants.add(model.tenant)
+                owed_s = self._dispatch.owed_s(model.id)
+                if owed_s > 0 and owed_s >= model.seconds_to_come:
+                    owed.add(model.id)
+        return owed
+
+    def _watch_for(self, newcomer: Model) -> Watch:
+        """What others have to do, as far as it counts against the newcomer: where its tenant's turn
+        has come, it does not matter for how long what others ask for has been due."""
+        if newcomer.id not in self._first:
+            return self.activity
+
+        def watch(model: Model) -> Activity:
+            seen = self.activity(model)
+            if seen.due == inf or model.tenant == newcomer.tenant:
+                return seen
+            return seen._replace(due=_MAY_WAIT)
+
+        return watch

@@ -26,6 +26,7 @@ from typing import Literal
 from services.worker.core.claims import Claims
 from services.worker.core.events import (
     Action,
+    DeathsFound,
     EngineStarted,
     EvictModel,
     FetchModel,
@@ -196,6 +197,10 @@ class WorkerState:
     def buried(self, name: ModelId) -> list[Action]:
         """One of its items killed as many engines as one may."""
         return self.get(name).died_running()
+
+    def deaths_found(self, fact: DeathsFound) -> list[Action]:
+        """It is loaded alone from now on, or not at all."""
+        return self.get(fact.model).found_dead(fact)
 
     def death_kept(self, name: ModelId) -> None:
         """All workers know of one of its deaths."""

@@ -26,6 +26,7 @@ from services.worker.core.events import (
     ConsumerStarted,
     ConsumerStopped,
     DeathKept,
+    DeathsFound,
     DrainAsked,
     EngineLost,
     EngineStarted,
@@ -200,6 +201,9 @@ class WorkerCore:
             case ModelFetched():
                 self.state.fetched(fact)
                 return []
+            case DeathsFound():
+                self._troubled = True
+                return self.state.deaths_found(fact)
             case DeathKept():
                 self.state.death_kept(fact.model)
                 return []
@@ -232,6 +236,7 @@ class WorkerCore:
             return []  # an older placer's word, or an older word
         self.fence, self.generation = fact.fence, fact.generation
         self._drain = fact.drain
+        self.dispatch.share_device(fact.shares)
         self.state.assigned(fact.models, now)
         self._held.paused &= self.state.wanted.keys()
         return []

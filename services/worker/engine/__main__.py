@@ -7,10 +7,16 @@ import argparse
 import ctypes
 import faulthandler
 import gc
+import os
 import signal
 import socket
 import sys
 from typing import Final, NoReturn
+
+import msgspec
+
+from services.worker.confinement.confine import Confined
+from services.worker.confinement.plan import Confinement
 
 _PR_SET_PDEATHSIG: Final = 1
 _M_ARENA_MAX: Final = -8
@@ -31,18 +37,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--host-bytes", type=int, default=0, help="for weights in host memory")
     parser.add_argument("--share", type=int, default=1, help="0: no tensor in two models")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operator")
+    parser.add_argument("--confinement", default="{}", help="JSON, see confinement/plan.py")
     return parser.parse_args()
 
 
-def _live_and_die_with_the_agent() -> None:
+def _live_and_die_with_the_agent(agent: int) -> None:
     """The agent alone decides when the engine ends. A signal to the whole process group (Ctrl-C,
     a supervisor's SIGTERM) must not take away the batches that the agent wants to finish; and
-    when the agent is killed, a thread in the midst of a model must not live on."""
+    when the agent is killed, a thread in the midst of a model must not live on. To be called after
+    every change of user or namespace, which lets the kernel forget it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != agent:  # it died before we had asked
+        os._exit(0)
 
 
 def _one_heap() -> None:
@@ -59,10 +69,15 @@ def _one_heap() -> None:
 
 
 def main() -> NoReturn:
+    agent = os.getppid()
     arguments = _arguments()
     faulthandler.enable()
     _one_heap()
-    _live_and_die_with_the_agent()
+    # Before there are threads, which torch and its libraries start as they are imported.
+    asked = msgspec.json.decode(arguments.confinement, type=Confinement)
+    confined = Confined(asked, arguments.device, arguments.budget_bytes)
+    confined.enter()
+    _live_and_die_with_the_agent(agent)
 
     # Here and not above: torch takes seconds to import, and the rest should come before it.
     import torch
@@ -92,12 +107,16 @@ def main() -> NoReturn:
             host_bytes=arguments.host_bytes,
             share=bool(arguments.share),
         )
+        # Nothing of a stranger's has run, and nothing more is to be opened but models.
+        confined.seal()
     except (RuntimeError, ValueError) as error:
         fail(channel, error)
+    if confined.missing:
+        fail(channel, RuntimeError(f"confinement is required: {'; '.join(confined.missing)}"))
     # What is imported by now stays: a collection after an eviction need not look at it again.
     gc.collect()
     gc.freeze()
-    serve(channel, dispatcher, loader, device)
+    serve(channel, dispatcher, loader, device, confined.measures)
 
 
 main()

@@ -1,6 +1,6 @@
 """AOTInductor packages: native code, compiled ahead of time for one kind of machine.
 
-Loading one runs it, and nothing holds it back but this process' lack of credentials and network.
+Loading one runs it, and nothing holds it back but this process' confinement.
 What can be checked is checked before: that it was compiled for this device and processor, that
 its weights are there, and with each batch that the inputs are of the shapes and datatypes that
 it was compiled for. Otherwise it would read and write beyond their ends.

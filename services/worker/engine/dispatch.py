@@ -200,7 +200,7 @@ class Dispatcher:
         while (offset := self._outbox.reserve(command.batch, nbytes)) is None:
             self._hear(wait=True)
         refs = flight.leave(self._outbox.arena, offset, outputs)
-        return _Ran(refs, workspace_bytes or 0)
+        return _Ran(refs, max(workspace_bytes or 0, 0))
 
     # --- where the answers are given
 

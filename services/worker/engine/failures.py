@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
+from services.worker.wire import Code
+
 MAX_MESSAGE: Final = 2000
 
 # The interpreter of TorchScript keeps the words of torch's allocators and loses the exception's
@@ -23,7 +25,7 @@ _NATIVE_STACK: Final = re.compile(r"\nException raised from .*", re.DOTALL)
 class Failed(Exception):
     """This load or this batch failed, for a reason that the engine itself knows."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code = code
 
@@ -31,7 +33,7 @@ class Failed(Exception):
 class Diagnosis(NamedTuple):
     """An error without its frames, so that nothing it held stays alive."""
 
-    code: str
+    code: Code
     message: str
 
 

@@ -17,8 +17,10 @@ from typing import Final, NoReturn
 
 import torch
 
+from services.worker.confinement.plan import Measure
 from services.worker.engine.channel import Channel
 from services.worker.engine.dispatch import DeviceLost, Dispatcher
+from services.worker.engine.failures import MAX_MESSAGE
 from services.worker.engine.loading import Loader
 from services.worker.engine.memory import Device
 from services.worker.frames import BadFrame
@@ -36,7 +38,13 @@ EXIT_DEVICE_LOST: Final = 70
 EXIT_BAD_FRAME: Final = 71
 
 
-def serve(channel: Channel, dispatcher: Dispatcher, loader: Loader, device: Device) -> NoReturn:
+def serve(
+    channel: Channel,
+    dispatcher: Dispatcher,
+    loader: Loader,
+    device: Device,
+    confinement: tuple[Measure, ...] = (),
+) -> NoReturn:
     """Works until the agent says stop or is gone, then ends the process."""
 
     def dispatch() -> NoReturn:
@@ -55,6 +63,7 @@ def serve(channel: Channel, dispatcher: Dispatcher, loader: Loader, device: Devi
             device.capacity_bytes,
             device.base_bytes,
             str(torch.__version__),
+            confinement,
         )
     )
     for name, target in (
@@ -104,7 +113,7 @@ def fail(channel: Channel, error: Exception) -> NoReturn:
     if not isinstance(error, DeviceLost):
         traceback.print_exception(error)
     try:
-        channel.send(EngineFailed(str(error) or type(error).__name__))
+        channel.send(EngineFailed(str(error)[:MAX_MESSAGE] or type(error).__name__))
     finally:
         end(EXIT_DEVICE_LOST)
 

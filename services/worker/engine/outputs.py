@@ -12,7 +12,11 @@ from services.worker.engine.signature import INDEXED
 from services.worker.engine.tensors import Output, Value, sized
 from shared.models import TensorSpec
 from shared.tensors import shown
+from shared.v2 import Limits
 
+MAX_NAME: Final = Limits().name_chars
+MAX_OUTPUTS: Final = Limits().tensors
+"""As in a request: a gateway reads no more."""
 _SCALAR_DTYPE: Final = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
@@ -29,6 +33,14 @@ def named(result: object, listed: Sequence[TensorSpec] | None) -> list[Output]:
         chosen = {name: each for name, each in values.items() if each is not None}
     else:
         chosen = _chosen(values, [spec.name for spec in listed])
+    if len(chosen) > MAX_OUTPUTS:
+        raise Failed("model_failed", f"{len(chosen)} outputs, a reply has {MAX_OUTPUTS} at most")
+    for name in chosen:
+        if len(name) > MAX_NAME:
+            raise Failed(
+                "model_failed",
+                f"output {shown(name)} has a name of more than {MAX_NAME} characters",
+            )
     return [sized(name, _value(name, each)) for name, each in chosen.items()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from services.worker.arena import Allocator, Arena
+from services.worker.confinement.plan import Confinement, Mode
 from services.worker.wire import (
     BatchFailed,
     BatchRan,
@@ -68,7 +71,11 @@ class _Stream:
 
 
 class EngineProcess:
-    """Starts an engine and speaks the wire with it. Every wait has a deadline."""
+    """Starts an engine and speaks the wire with it. Every wait has a deadline.
+
+    It is confined as workers' engines are, unless told otherwise, by whatever the host grants; the
+    files of tests are where temporary files are, and those it may read.
+    """
 
     def __init__(
         self,
@@ -79,7 +86,12 @@ class EngineProcess:
         share=True,
         inbox_bytes=1 << 22,
         outbox_bytes=1 << 22,
+        confine: Mode = "auto",
+        entry: Sequence[str] = ("-m", "services.worker.engine"),
     ):
+        self.scratch = Path(tempfile.mkdtemp(prefix="roost-test-engine-"))
+        readable = (tempfile.gettempdir(), str(ROOT))
+        confinement = Confinement(confine, str(self.scratch), readable)
         self.inbox = Arena.create("inbox", inbox_bytes)
         self.outbox = Arena.create("outbox", outbox_bytes)
         self.sock, control = socket.socketpair()
@@ -90,17 +102,18 @@ class EngineProcess:
         fds = (control.fileno(), batches.fileno(), self.inbox.fd, self.outbox.fd)
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "services.worker.engine"),
+                *(sys.executable, *entry),
                 *("--control-fd", str(fds[0]), "--batch-fd", str(fds[1])),
                 *("--inbox-fd", str(fds[2]), "--outbox-fd", str(fds[3])),
                 *("--device", device, "--threads", "1"),
                 *("--budget-bytes", str(budget_bytes), "--host-bytes", str(host_bytes)),
                 *("--share", str(int(share))),
+                *("--confinement", msgspec.json.encode(confinement).decode()),
             ],
             pass_fds=fds,
             stderr=self.stderr,
             cwd=ROOT,
-            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"},
+            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TMPDIR": str(self.scratch)},
         )
         control.close()
         batches.close()
@@ -122,6 +135,7 @@ class EngineProcess:
         self.stderr.close()
         self.inbox.close()
         self.outbox.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     # --- messages
 

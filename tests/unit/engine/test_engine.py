@@ -725,5 +725,5 @@ def test_a_device_that_is_not_there_is_told(device):
 def test_the_engine_needs_no_environment(engine):
     """It runs with a path and nothing else, so no credential can reach a model's code."""
     environ = Path(f"/proc/{engine.process.pid}/environ").read_bytes().split(b"\0")
-    assert {each.split(b"=")[0] for each in environ if each} == {b"PATH", b"LANG"}
+    assert {each.split(b"=")[0] for each in environ if each} == {b"PATH", b"LANG", b"TMPDIR"}
     assert os.environ.get("PATH")

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("grpc")
 
 from services.gateway.body import ClientGone, Held
+from services.gateway.callers import asked_by
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
 from services.gateway.grpc import inference_pb2 as pb
@@ -16,6 +17,7 @@ from services.gateway.grpc.infer import GrpcInference, Watched
 from services.gateway.infer import Replied
 from services.gateway.metrics import Metrics
 from shared import v2
+from shared.auth import Caller
 from shared.broker.port import Message
 from shared.errors import DeadlineExceeded
 from shared.names import HEADER_LENGTH
@@ -93,15 +95,16 @@ async def test_what_metadata_and_deadline_say():
     """As headers do over HTTP."""
     admission = Admission(10, 1_000_000)
     inference = Answering(admission, 1)
-    config = GatewayConfig(tenant_header="X-Tenant")
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     metadata = (
-        ("x-tenant", "acme"), ("traceparent", parent), ("roost-split-key", "k"), ("a-bin", b"\xff"),
+        ("traceparent", parent), ("roost-split-key", "k"), ("a-bin", b"\xff"),
     )  # fmt: skip
-    await GrpcInference(config, inference, admission, Metrics()).answer(Call(2.5, metadata), "c1")
+    with asked_by(Caller("acme")):
+        answering = GrpcInference(GatewayConfig(), inference, admission, Metrics())
+        await answering.answer(Call(2.5, metadata), "c1")
     read, asked = inference.read, inference.asked
     assert (asked.name, asked.version, asked.split_key) == ("m", "latest", "k")
-    assert (read.tenant, read.traceparent, read.remaining_s) == ("acme", parent, 2.5)
+    assert (asked.tenant, read.traceparent, read.remaining_s) == ("acme", parent, 2.5)
 
 
 @pytest.mark.parametrize(

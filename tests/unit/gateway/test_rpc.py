@@ -13,7 +13,14 @@ from services.gateway.metrics import Metrics
 from services.gateway.rpc import Call, Rpc
 from shared import packs
 from shared.broker.memory import MemoryBroker, MemoryExchange
-from shared.broker.port import BrokerUnavailable, Message, PublishUncertain, QueueFull, Unroutable
+from shared.broker.port import (
+    BrokerUnavailable,
+    ConfirmationLost,
+    Message,
+    PublishUncertain,
+    QueueFull,
+    Unroutable,
+)
 from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 from shared.names import HEADER_CODE, UNROUTED
 from tests.gateway_rig import until
@@ -24,8 +31,10 @@ class Moody(MemoryBroker):
 
     mood: Exception | None = None
     delivers = True
+    published = 0
 
     async def publish(self, exchange, routing_key, message, **options):
+        self.published += 1
         if self.delivers:
             await super().publish(exchange, routing_key, message, **options)
         if self.mood is not None:
@@ -97,6 +106,28 @@ async def test_an_uncertain_publish_that_was_lost_ends_at_the_deadline(rpc, brok
     with pytest.raises(DeadlineExceeded):
         await rpc.call(request(0.05))
     assert len(rpc.pending) == 0
+
+
+async def test_what_was_under_way_when_the_connection_was_lost_is_sent_again(rpc, broker):
+    """Nobody knows whether it arrived: once the connection is back it is sent once more."""
+    await answer_all(broker)
+    rpc.settle_s = 0.0
+    broker.mood, broker.delivers = ConfirmationLost("gone"), False
+    call = asyncio.create_task(rpc.call(request(60)))
+    others = [asyncio.create_task(rpc.call(request(60, pack=8))) for _ in range(3)]
+    await until(lambda: len(rpc.pending) == 4)
+    broker.mood, broker.delivers = None, True
+    assert [each.body for each in await asyncio.gather(call, *others)] == [b"answer"] * 4
+
+
+async def test_what_was_answered_meanwhile_is_not_sent_again(rpc, broker):
+    """Of the others it would be computed for nothing."""
+    await answer_all(broker)
+    rpc.settle_s = 0.0
+    broker.mood = ConfirmationLost("gone")
+    assert (await rpc.call(request())).body == b"answer"
+    await until(lambda: not rpc._sending)
+    assert broker.published == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -17,6 +18,7 @@ from shared.errors import ModelFailed
 from shared.manifests import encode_manifest, manifest_path
 from shared.models import Footprint, Manifest
 from shared.names import ModelId
+from shared.quarantine import Death
 from shared.repository import Repository
 from shared.store.memory import MemoryState, MemoryStore
 from shared.store.port import TOPIC_REGISTRY
@@ -223,6 +225,53 @@ async def test_one_model_holds_up_no_other(world, tmp_path):
     await world.keeper.look()
     assert world.prod == Alias({2: 1})
     assert world.repository.aliases()["a"].aliases["x"].pending is not None
+
+
+async def test_a_flip_to_what_is_quarantined_is_given_up(world):
+    """It will never be bound: the alias stays where it leads, says why, and holds nothing; the
+    next wish is a new one."""
+    world.see(w1=[M1])
+    death = Death(kind="load", worker="w1", at=1.0, reason="it ended 2 engines")
+    world.repository.add_death(M2, death)
+    await world.keeper.look()
+    assert world.prod.split == {1: 1}
+    assert world.prod.pending is None
+    assert world.prod.given_up.split == {2: 1}
+    assert world.prod.given_up.why == "m/2 is quarantined: it ended 2 engines"
+    assert world.activator.asked == []
+    world.repository.release("m", 2)
+    world.lead(2)
+    assert world.prod.pending is not None
+    assert world.prod.given_up is None
+    world.see(w1=[M1], w2=[M2])
+    await world.keeper.look()
+    assert world.prod == Alias({2: 1})
+
+
+async def test_a_flip_that_is_being_written_is_told_of(world):
+    """The placer is asked to end in that very moment: what it has begun it ends."""
+    edit, begun, may = world.repository.edit_aliases, threading.Event(), threading.Event()
+
+    def slowly(*args):
+        begun.set()
+        may.wait(30)
+        return edit(*args)
+
+    world.see(w1=[M1, M2])
+    world.repository.edit_aliases = slowly
+    hints = world.store.hints(TOPIC_REGISTRY)
+    heard = asyncio.ensure_future(anext(hints))
+    looking = asyncio.create_task(world.keeper.look())
+    await asyncio.to_thread(begun.wait, 30)
+    looking.cancel()
+    await asyncio.sleep(0)
+    may.set()
+    await asyncio.wait([looking])
+    assert looking.cancelled()
+    assert world.prod == Alias({2: 1})
+    async with asyncio.timeout(10):
+        assert await heard == TOPIC_REGISTRY
+    await hints.aclose()
 
 
 def test_routing_keys_of_a_version():

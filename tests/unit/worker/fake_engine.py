@@ -2,6 +2,7 @@
 the same regions. What a model does follows from its name and its input `x` (FP32):
 
     …            y = 2·x          fail…    the model raises for a negative x
+    failtell…    likewise, and says x in its message
     crash…       the engine dies at x = 666
     oom…         out of memory above 4 rows
     broken…      cannot be loaded     deadly…  the engine dies while loading it
@@ -76,6 +77,8 @@ class Life:
     async def wait(self) -> int:
         await asyncio.wait([self.task])
         return 0 if self.task.cancelled() else 1
+
+    def hush(self) -> None: ...
 
     def kill(self) -> None:
         if not self.task.cancelling():  # twice would cut its tidying short
@@ -184,7 +187,8 @@ class Life:
         if name.startswith("crash") and (x == 666).any():
             raise EngineEndsError
         if name.startswith("fail") and (x < 0).any():
-            return wire.BatchFailed(command.batch, "model_failed", "x is negative")
+            told = f": {x.tolist()}" if name.startswith("failtell") else ""
+            return wire.BatchFailed(command.batch, "model_failed", f"x is negative{told}")
         y = from_numpy("y", (2 * x).astype(np.float32))
         if name.startswith("short"):
             y = from_numpy("y", (2 * x).astype(np.float32)[:-1])

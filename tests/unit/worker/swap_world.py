@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from services.worker.core.events import (
     Action,
@@ -74,11 +74,13 @@ class SwapWorld:
         whole: Iterable[str] = (),
         apart: Iterable[str] = (),
         max_loading: int = 4,
+        tenants: Mapping[str, str] | None = None,
     ) -> None:
         self.core = WorkerCore(max_loading=max_loading)
         self.sizes = {model_id(name, 1): size for name, size in sizes.items()}
         self.stateful, self.whole, self.apart = set(stateful), set(whole), set(apart)
         self.device, self.host, self.shared = device, host, shared
+        self.tenants = tenants or {}
         self.batch_s, self.copy_s = batch_s, copy_s
         self.now = 0.0
         self.events: list[tuple[float, int, Fact]] = []
@@ -173,6 +175,7 @@ class SwapWorld:
             case FetchModel(model=model):
                 name = model.partition("/")[0]
                 spec = {"stateful": True} if name in self.stateful else {"max_batch_size": 4}
+                spec |= {"tenant": self.tenants.get(name, "")}
                 architecture = "b" if name in self.apart else "a"
                 told = layout(self.sizes[model], self.shared, architecture)
                 self.tell(ModelFetched(model, manifest(name, **spec), layout=told))

@@ -77,6 +77,10 @@ class Rig:
         return to_numpy(output).tolist()
 
 
+def _framed(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "little") + body
+
+
 @contextlib.asynccontextmanager
 async def running() -> AsyncIterator[Rig]:
     rig = Rig()
@@ -229,6 +233,15 @@ async def test_answers_before_the_end_still_count(rig):
         (b"\xff\xff\xff\xff", "it speaks nonsense: a frame of"),
         (b"\x01\x00\x00\x00\xc1", "it speaks nonsense: "),
         (wire.pack(wire.BatchRan(7, (), 0.0, 0)), "it speaks nonsense: batch 7 is not under way"),
+        # Errors that are none of msgspec's: once they ended the agent.
+        (b"\x0a\x00\x00\x00\x82\xa4type\xa2\xff\xfe\x01", "it speaks nonsense: "),
+        (_framed(b"\x82\xa4type\xa8BatchRan\xa1z" + b"\x91" * 5000), "it speaks nonsense: "),
+        (wire.pack(wire.ModelEvicted(ModelId("x/1"))), "it speaks nonsense: it speaks of a model"),
+        (wire.pack(wire.EngineStarted("", "", "", 1, 1, "")), "it speaks nonsense: it started tw"),
+        (wire.pack(wire.BatchRan(1, (), float("nan"), 0)), "it speaks nonsense: Expected"),
+        (wire.pack(wire.BatchRan(1, (), float("inf"), 0)), "it speaks nonsense: Expected"),
+        (wire.pack(wire.LoadFailed(ModelId("m/1"), "no code", "")), "it speaks nonsense: Invalid"),
+        (wire.pack(wire.EngineFailed("m" * 5000)), "it speaks nonsense: Expected"),
     ],
 )
 async def test_an_engine_that_speaks_nonsense_is_ended(rig, said, reason):
@@ -257,7 +270,7 @@ async def test_outputs_that_cannot_be_are_not_read(rig, ref):
     rig.engine.life.say(wire.pack(wire.BatchRan(1, (ref,), 0.0, 0)))
     lost = await rig.next()
     assert isinstance(lost, EngineLost)
-    assert "an output that cannot be" in lost.reason
+    assert lost.reason.startswith("it speaks nonsense: ")
     rig.engine.gate.set()
 
 
