@@ -85,6 +85,14 @@ def head(model: str, length: int, header_length: int | None = None) -> bytes:
     ).encode()
 
 
+def request(method: str, path: str, body: bytes = b"") -> bytes:
+    """A whole one; a body is JSON."""
+    return (
+        f"{method} {path} HTTP/1.1\r\nHost: roost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+
 def _number(head: bytes, name: bytes) -> int:
     """Of a header, in lower case; 0 when it is not there."""
     return int(head.partition(b"\r\n" + name + b":")[2].partition(b"\r\n")[0] or 0)
