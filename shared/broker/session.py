@@ -59,6 +59,19 @@ class Precondition(Refused):
 async def asked(request: Awaitable[_T], timeout_s: float = RPC_TIMEOUT_S) -> _T:
     """The broker's answer to one request on a channel. Raises `QueueMissing`, `Refused`, or
     `BrokerUnavailable`; after any of them the channel is closed."""
+    task = asyncio.current_task()
+    cancelled = 0 if task is None else task.cancelling()
+    try:
+        return await _answer(request, timeout_s)
+    except RoostError:
+        if task is not None and task.cancelling() > cancelled:
+            # aiormq has answered our own cancellation with an error of its own; passed on as
+            # such, whoever tries again would do so for ever, and whoever waits for its end too.
+            raise asyncio.CancelledError from None
+        raise
+
+
+async def _answer(request: Awaitable[_T], timeout_s: float) -> _T:
     try:
         async with asyncio.timeout(timeout_s):
             return await request
@@ -174,11 +187,11 @@ class Link:
         return self.session
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        task, self._task = self._task, None
+        while task is not None and not task.done():
+            task.cancel()
+            # Not once for all: the driver's own error may have come in the cancellation's place.
+            await asyncio.wait((task,), timeout=_CLOSE_TIMEOUT_S + 1.0)
 
     async def _keep(self) -> None:
         attempt = 0

@@ -468,8 +468,12 @@ async def test_thousands_of_idle_models_cost_nothing_while_nobody_asks(rig):
         assert set(rig.exchange.queues) == queues
         assert set(rig.exchange.bindings) == keys
         assert rig.state.active == {ModelId("asked/1")}
-        asked = broker.asked
-        await until_ticks(placer, await _ticks(placer) + 20)
+        # A worker that was kept from reporting (all share this process) is looked after meanwhile.
+        for _ in range(5):
+            asked = broker.asked
+            await until_ticks(placer, await _ticks(placer) + 20)
+            if broker.asked == asked:
+                break
         assert broker.asked == asked
         assert (await placer.get("/fleet")).json()["active_models"] == 1
 
