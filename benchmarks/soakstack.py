@@ -21,6 +21,8 @@ from shared.repository import Repository
 
 COUNTERS: Final = ("loads", "evictions", "engine_restarts", "given_back")
 """`roost_worker_…_total`."""
+_LISTED_AGAIN: Final = 40
+"""Half seconds to wait for a list of the management that is not empty."""
 
 
 class SoakStack(ProcessStack):
@@ -91,12 +93,21 @@ class SoakStack(ProcessStack):
         url = self._rabbit.management_url
         found: dict[str, float] = {}
         for what in ("queues", "exchanges", "bindings", "connections", "channels", "consumers"):
-            answer = await self._http.get(f"{url}/api/{what}")
-            listed: list[dict[str, Any]] = answer.raise_for_status().json()
+            listed = await self._listed(f"{url}/api/{what}")
+            # There always are some: a busy broker lists none where its own count came too late.
+            for _ in range(_LISTED_AGAIN):
+                if listed:
+                    break
+                await asyncio.sleep(0.5)
+                listed = await self._listed(f"{url}/api/{what}")
             found[f"RabbitMQ: {what}"] = len(listed)
             if what == "queues":
                 found["RabbitMQ: messages"] = sum(each.get("messages", 0) for each in listed)
         return found
+
+    async def _listed(self, url: str) -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = (await self._http.get(url)).raise_for_status().json()
+        return listed
 
     async def _store(self) -> dict[str, float]:
         assert self._redis is not None

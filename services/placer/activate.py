@@ -43,6 +43,8 @@ log = structlog.get_logger(__name__)
 _RETRY_S = 0.3
 _LATE_S = 1.0
 """Requests that still fall through this long after their route was bound: it is not there."""
+_PASS_ON_S = 5.0
+"""For what is being published as the term ends: as long as a publish may take."""
 
 
 class Activator:
@@ -66,6 +68,7 @@ class Activator:
         self._metrics = metrics
         self._tracing = tracing
         self._activating: dict[ModelId, asyncio.Task[None]] = {}
+        self._passing: set[asyncio.Task[None]] = set()
 
     async def handle(self, delivery: Delivery) -> None:
         """One unrouted message: forwarded, answered with an error, dead-lettered, or (when
@@ -119,8 +122,11 @@ class Activator:
             log.warning("not_looked_into", model=active.manifest.id, error=str(error))
 
     async def close(self) -> None:
-        """Ends what is under way; what it was for comes again."""
-        tasks = list(self._activating.values())
+        """Ends what is under way; what it was for comes again. What is being published is seen
+        through."""
+        if self._passing:
+            await asyncio.wait(set(self._passing), timeout=_PASS_ON_S)
+        tasks = [*self._activating.values(), *self._passing]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -147,7 +153,7 @@ class Activator:
                     self._metrics.reflex_seconds.labels("first").observe(
                         time.perf_counter() - began
                     )
-                await self._forward(manifest.id, message, delivery.routing_key)
+                await self._pass_on(manifest.id, message, delivery)
             except StoreUnavailable:
                 # No assignment can be told to anybody: the request waits here, while it can.
                 await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))  # noqa: S311
@@ -163,9 +169,26 @@ class Activator:
                 failed(error)
                 await answer(self._broker, delivery, error, self._metrics)
                 return
-            await delivery.ack()
             self._metrics.forwarded.inc(packs.count(delivery.message))
             return
+
+    async def _pass_on(self, model: ModelId, message: Message, delivery: Delivery) -> None:
+        """Publishes to the model's queue and acknowledges, as one: whoever is cancelled in between
+        would have the request answered twice."""
+
+        async def both() -> None:
+            await self._forward(model, message, delivery.routing_key)
+            await delivery.ack()
+
+        task = asyncio.create_task(both(), name=f"pass on to {model}")
+        self._passing.add(task)
+        task.add_done_callback(self._passed_on)
+        await asyncio.shield(task)
+
+    def _passed_on(self, done: asyncio.Task[None]) -> None:
+        self._passing.discard(done)
+        if not done.cancelled():
+            done.exception()  # seen, even when whoever waited for it has left
 
     async def _manifest(self, routing_key: str) -> Manifest:
         """The model that a routing key names. Raises `InvalidRequest`, `ModelNotFound`."""

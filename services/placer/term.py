@@ -35,7 +35,7 @@ from shared.tracing import Tracing
 log = structlog.get_logger(__name__)
 
 _FINISH_S: Final = 1.0
-"""For requests that are being passed on as the term ends."""
+"""For requests that are being placed as the term ends."""
 
 
 class Term:
