@@ -91,7 +91,7 @@ async def test_it_is_given_back_when_nobody_waits_any_longer(after_s):
     with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as logs:
         sender.refuse(held(delivery, deadline), FAULT)
         await sender.drained()
-    assert time.monotonic() - began >= 0.09
+    assert time.monotonic() - began >= 0.05  # the deadline began a little before
     assert delivery.ends == ["requeued"]
     assert 1 < broker.tries < 100
     assert [line["event"] for line in logs] == ["replies_wait", "reply_failed"]
