@@ -94,19 +94,19 @@ class SoakStack(ProcessStack):
         found: dict[str, float] = {}
         for what in ("queues", "exchanges", "bindings", "connections", "channels", "consumers"):
             listed = await self._listed(f"{url}/api/{what}")
-            # There always are some: a busy broker lists none where its own count came too late.
-            for _ in range(_LISTED_AGAIN):
-                if listed:
-                    break
-                await asyncio.sleep(0.5)
-                listed = await self._listed(f"{url}/api/{what}")
             found[f"RabbitMQ: {what}"] = len(listed)
             if what == "queues":
                 found["RabbitMQ: messages"] = sum(each.get("messages", 0) for each in listed)
         return found
 
     async def _listed(self, url: str) -> list[dict[str, Any]]:
+        """There always are some: a busy broker lists none where its own count came too late."""
         listed: list[dict[str, Any]] = (await self._http.get(url)).raise_for_status().json()
+        for _ in range(_LISTED_AGAIN):
+            if listed:
+                break
+            await asyncio.sleep(0.5)
+            listed = (await self._http.get(url)).raise_for_status().json()
         return listed
 
     async def _store(self) -> dict[str, float]:

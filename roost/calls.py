@@ -91,6 +91,14 @@ class Calls:
         where = f"{self.url}/v2/repository/keys"
         return where if id_ is None else f"{where}/{quote(id_, safe='')}"
 
+    def new_key(
+        self, tenant: str, scopes: Sequence[str], lifetime_s: float | None, note: str
+    ) -> bytes:
+        """The body that asks for an API key."""
+        return msgspec.json.encode(
+            {"tenant": tenant, "scopes": scopes, "lifetime_s": lifetime_s, "note": note}
+        )
+
     def tenants(self, name: str | None = None) -> str:
         where = f"{self.url}/v2/repository/tenants"
         return where if name is None else f"{where}/{check_tenant(name)}"

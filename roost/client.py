@@ -180,8 +180,7 @@ class RoostClient:
         note: str = "",
     ) -> dict[str, Any]:
         """A new API key: `id`, and `key`, which is told this once. As `list_keys`."""
-        wish = {"tenant": tenant, "scopes": scopes, "lifetime_s": lifetime_s, "note": note}
-        body = msgspec.json.encode(wish)
+        body = self._calls.new_key(tenant, scopes, lifetime_s, note)
         told: dict[str, Any] = checked(self._send("POST", self._calls.keys(), content=body)).json()
         return told
 
@@ -363,8 +362,7 @@ class AsyncRoostClient:
         note: str = "",
     ) -> dict[str, Any]:
         """See `RoostClient.create_key`."""
-        wish = {"tenant": tenant, "scopes": scopes, "lifetime_s": lifetime_s, "note": note}
-        body = msgspec.json.encode(wish)
+        body = self._calls.new_key(tenant, scopes, lifetime_s, note)
         answer = checked(await self._send("POST", self._calls.keys(), content=body))
         told: dict[str, Any] = answer.json()
         return told

@@ -4,7 +4,6 @@ it, and the one folder that an engine may write to."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import grp
 import os
 import pwd
@@ -21,6 +20,7 @@ import structlog
 from services.worker.config import WorkerConfig
 from services.worker.confinement import plan
 from services.worker.confinement.plan import Confinement, Measure
+from services.worker.folders import locked
 from shared.config import ConfigError
 from shared.storage import open_storage
 from shared.storage_local import LocalStorage
@@ -147,7 +147,7 @@ class Scratch:
 def _own_folder() -> tuple[str, int | None]:
     while True:
         path = tempfile.mkdtemp(prefix=_PREFIX)
-        lock = _locked(path)
+        lock = locked(path)
         if Path(path).is_dir():
             return path, lock
         if lock is not None:  # another worker swept it before we had the lock
@@ -157,22 +157,7 @@ def _own_folder() -> tuple[str, int | None]:
 def _sweep(base: Path) -> None:
     """Those whose agent was killed."""
     for left in base.glob(f"{_PREFIX}*"):
-        lock = _locked(str(left))
+        lock = locked(left)
         if lock is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
-
-
-def _locked(folder: str) -> int | None:
-    """A descriptor that holds the folder's lock; None when a living process does, or when it is not
-    ours."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import os
 import re
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from services.worker.engine.failures import Failed
+from services.worker.folders import locked
 
 _PREFIX: Final = "roost-native-"
 _PIECE: Final = 1 << 20
@@ -118,32 +118,15 @@ def _home() -> Path:
     temporary files away as well."""
     while not _folder:
         place = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-        descriptor = _locked(place)
+        descriptor = locked(place)
         if descriptor is None:  # another process swept it before we had the lock
             continue
         _held.append(descriptor)
         atexit.register(shutil.rmtree, place, ignore_errors=True)  # the engine does not get there
         _folder.append(place)
         for other in place.parent.glob(f"{_PREFIX}*"):
-            lock = None if other == place else _locked(other)
+            lock = None if other == place else locked(other)
             if lock is not None:
                 shutil.rmtree(other, ignore_errors=True)
                 os.close(lock)
     return _folder[0]
-
-
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None when another process does, when the folder
-    is gone, or not ours to open."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), folder.stat()):
-            return descriptor
-    except OSError:
-        pass
-    os.close(descriptor)
-    return None
