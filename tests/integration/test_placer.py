@@ -173,8 +173,10 @@ async def test_the_longest_unused_makes_room_for_a_newcomer(rig):
     worker = await rig.start_worker("w1", models=3)
     placer = await rig.start_placer()
     for name in ("b", "a", "c", "b"):
+        asked = time.monotonic()
         await rig.ask(name)
-        await until_idle(placer, name)  # which was asked last must not be a matter of one report
+        await until_idle(placer, name, asked)  # who was asked last is not a matter of one report
+    asked = time.monotonic()
     assert (await rig.ask("newcomer")).body == b"newcomer/1"
     assert worker.bound == {"b/1", "c/1", "newcomer/1"}
     await rig.gone(model_queue(ModelId("a/1")))
@@ -182,7 +184,7 @@ async def test_the_longest_unused_makes_room_for_a_newcomer(rig):
     assert story["events"][-1]["what"] == "retired"
     assert any("makes room for newcomer/1" in (e["why"] or "") for e in story["events"])
     # And it comes back when it is asked again.
-    await until_idle(placer, "newcomer")
+    await until_idle(placer, "newcomer", asked)
     assert (await rig.ask("a")).body == b"a/1"
 
 
@@ -555,12 +557,13 @@ async def test_a_placer_without_its_lease_writes_nothing(rig):
     assert (await rig.reply(request)).body == b"bert/1"  # when it is elected again
 
 
-async def until_idle(placer, name: str) -> None:
-    """Waits until the model has not been asked for long enough to make room for another."""
+async def until_idle(placer, name: str, asked: float) -> None:
+    """Waits until the placer knows that the model was asked at this (monotonic) time or later, and
+    that this is long enough ago for it to make room for another."""
     end = time.monotonic() + 15
     while True:
         demand = (await placer.get(f"/explain/{name}")).json()["demand"]
-        if demand["seconds_since_asked"] > 0.3:
+        if 0.3 < demand["seconds_since_asked"] <= time.monotonic() - asked:
             return
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
@@ -589,11 +592,12 @@ async def test_over_real_services(tmp_path, amqp_url, redis_url):
         first = await rig.start_placer()
         await until_workers(first, 1)
         assert (await rig.ask("a")).body == b"a/1"
+        asked = time.monotonic()
         requests = [await rig.send("b") for _ in range(50)]
         for request in requests:
             assert (await rig.reply(request)).body == b"b/1"
         assert (await rig.ask("nobody")).headers[names.HEADER_CODE] == "not_found"
-        await until_idle(first, "b")
+        await until_idle(first, "b", asked)
         assert (await rig.ask("c")).body == b"c/1"
         await until(lambda: worker.bound == {"b/1", "c/1"})
         await rig.gone(model_queue(ModelId("a/1")))
