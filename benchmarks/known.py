@@ -36,7 +36,7 @@ def register(repository: Repository, count: int) -> list[Model]:
     made = []
     for factor in range(2, count + 2):
         name = f"times-{factor:03d}"
-        digest, _ = repository.put_blob([_file(factor)])
+        digest, _ = repository.files.put([_file(factor)])
         repository.register(name, 1, spec, digest)
         made.append(Model(name, factor))
     return made

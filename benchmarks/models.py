@@ -151,13 +151,13 @@ def register(
         if number < whole:
             path = str(folder / f"{name}.pt")
             Path(path).write_bytes(content)
-        digest, _ = repository.put_blob(_chunks(content))
+        digest, _ = repository.files.put(_chunks(content))
         manifest = repository.register(name, None, factory.family.spec(target_ms), digest)
         made.append(
             Registered(
                 manifest,
-                repository.local_extents(digest, cache),
-                repository.layout(digest, cache),
+                repository.files.extents(digest, cache),
+                repository.files.layout(digest, cache),
                 path,
             )
         )

@@ -90,7 +90,7 @@ def register(repository: Repository, *, alike: int, own: int, writing: int) -> l
     for kind, count, module_of in kinds:
         for number in range(count):
             model = SoakModel(f"{kind}-{number:02d}", next(factors))
-            digest, _ = repository.put_blob([_file(module_of(model.factor))])
+            digest, _ = repository.files.put([_file(module_of(model.factor))])
             repository.register(model.name, 1, spec, digest)
             made.append(model)
     return made

@@ -81,7 +81,7 @@ def spec_of(table: Table, target_ms: float) -> ModelSpec:
 
 def put_file(repository: Repository) -> str:
     """The file of all of them; returns its digest."""
-    return repository.put_blob([_FILE])[0]
+    return repository.files.put([_FILE])[0]
 
 
 def register(repository: Repository, name: str, table: Table, *, target_ms: float) -> SimModel:
@@ -96,7 +96,7 @@ def register(repository: Repository, name: str, table: Table, *, target_ms: floa
         load_seconds=table.load_seconds,
         swap_seconds=table.swap_seconds,
     )
-    repository.put_profile(manifest.id, profile)
+    repository.profiles.put(manifest.id, profile)
     return SimModel(
         manifest=manifest,
         cases=table.measured(),

@@ -13,6 +13,7 @@ from roost.commands import (
     dead,
     explain,
     infer,
+    jobs,
     keys,
     models,
     quarantine,
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_parsers(commands, URL)
     aliases.add_parser(commands, URL)
     infer.add_parser(commands, URL)
+    jobs.add_parser(commands, URL)
     explain.add_parser(commands, PLACER_URL)
     quarantine.add_parser(commands, URL)
     dead.add_parser(commands, URL)

@@ -21,7 +21,7 @@ from typing import Final, Literal
 import msgspec
 import structlog
 
-from shared.config import ConfigError
+from shared.config import CommonConfig, ConfigError
 from shared.errors import PermissionDenied, RoostError, Unauthenticated, Unavailable
 from shared.keys import PREFIX, SCOPES, Key, Keys, Scope, Table
 
@@ -71,6 +71,23 @@ ANYBODY: Final = Caller()
 """Where no keys are asked for."""
 
 
+class GuardedConfig(CommonConfig, frozen=True, kw_only=True):
+    """What each service is told that may ask its callers for API keys."""
+
+    auth: AuthMode = "auto"
+    """Whether callers must show an API key (docs/security.md). `auto`: on loopback as soon as there
+    is one; beyond loopback always, and without any key the service does not start. `required`:
+    always. `off`: never, for where something else keeps strangers out."""
+    metrics_open: bool = False
+    """Whether `/metrics` is told without a key where keys are asked for. Else Prometheus shows one
+    with the scope `metrics`."""
+
+    @property
+    def metrics_need(self) -> Need:
+        """What whoever reads metrics must show."""
+        return "open" if self.metrics_open else "metrics"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach what listens there: an address, or a name all of whose
     addresses are loopback. Empty, `0.0.0.0` and `::` are every network."""
@@ -103,14 +120,15 @@ class Gate:
         mode: AuthMode,
         host: str,
         *,
-        setting: str = "ROOST_GATEWAY_AUTH",
+        setting: str,
         encrypted: bool = False,
         further: Key | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`host` is where the service listens, `encrypted` whether by TLS. `further` is a key
-        that the registry does not have, and for whose sake none is asked for."""
+        """`host` is where the service listens, `encrypted` whether by TLS; `setting` is the
+        variable that said `mode`. `further` is a key that the registry does not have, and for whose
+        sake none is asked for."""
         self._keys = keys
         self._mode = mode
         self._host = host
@@ -240,6 +258,21 @@ class Gate:
     async def _try(self) -> None:
         with contextlib.suppress(Unavailable):
             await asyncio.to_thread(self.look)
+
+
+def gate_of(
+    keys: Keys, config: GuardedConfig, service: str, host: str, *, further: Key | None = None
+) -> Gate:
+    """The gate of the service that listens on `host`, and whose settings begin with
+    `ROOST_<SERVICE>_`."""
+    return Gate(
+        keys,
+        config.auth,
+        host,
+        setting=f"ROOST_{service}_AUTH",
+        encrypted=config.tls is not None,
+        further=further,
+    )
 
 
 def _missing() -> Unauthenticated:

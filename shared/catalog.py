@@ -146,7 +146,7 @@ class Catalog:
 
     async def ids(self, *, even_unloaded: bool = False) -> list[Manifest]:
         """Every version that can be asked, sorted by name and version."""
-        answer = await self._ask(_ALL, lambda: tuple(self._repository.manifests()))
+        answer = await self._ask(_ALL, lambda: tuple(self._repository.versions.manifests()))
         assert isinstance(answer, tuple)
         unloaded = frozenset() if even_unloaded else await self.unloaded()
         return [
@@ -157,7 +157,7 @@ class Catalog:
 
     async def standing(self) -> list[Manifest]:
         """As `ids`, of those that are to have copies at all times."""
-        answer = await self._ask(_STANDING, lambda: tuple(self._repository.standing()))
+        answer = await self._ask(_STANDING, lambda: tuple(self._repository.versions.standing()))
         assert isinstance(answer, tuple)
         unloaded = await self.unloaded()
         return [manifest for manifest in answer if manifest.name not in unloaded]
@@ -209,7 +209,7 @@ class Catalog:
 
     def _look_up(self, name: str, version: int | None) -> _Answer:
         try:
-            return self._repository.manifest(name, version)
+            return self._repository.versions.manifest(name, version)
         except ModelNotFound as error:
             return ModelNotFound(error.message)
 

@@ -53,7 +53,8 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Why it is `failed`."""
     suspect: bool = False
     """An engine ended as this was loaded, and it seems to be why: it is tried here once more, with
-    nothing beside it, and should be tried nowhere else meanwhile."""
+    nothing beside it, or was, and the registry does not say yet what came of that. It should be
+    tried nowhere else meanwhile."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -98,6 +98,19 @@ class Quarantined(RoostError):
     code = "quarantined"
 
 
+class IdempotencyKeyReused(RoostError):
+    """Another request was sent under this `Idempotency-Key` before."""
+
+    code = "idempotency_key_reused"
+
+
+class JobNotDone(RoostError):
+    """The job has no result yet. `retry_after_s` says when to look again."""
+
+    code = "job_not_done"
+    retryable = True
+
+
 class Internal(RoostError):
     """A fault of Roost's own."""
 
@@ -114,6 +127,7 @@ STATUS: dict[str, int] = {
     "conflict": 409,
     "already_exists": 409,
     "too_large": 413,
+    "idempotency_key_reused": 422,
     "resource_exhausted": 429,
     "internal": 500,
     "model_failed": 500,
@@ -127,7 +141,8 @@ _BY_CODE: dict[str, type[RoostError]] = {
     cls.code: cls
     for cls in (
         InvalidRequest, Unauthenticated, PermissionDenied, ModelNotFound, AlreadyExists, Conflict,
-        TooLarge, Overloaded, Unavailable, DeadlineExceeded, ModelFailed, Quarantined, Internal,
+        TooLarge, Overloaded, Unavailable, DeadlineExceeded, ModelFailed, Quarantined,
+        IdempotencyKeyReused, JobNotDone, Internal,
     )
 }  # fmt: skip
 

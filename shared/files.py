@@ -16,14 +16,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
-
-import msgspec
 
 from shared.blobs import BlobStore, BlobWriter, check_digest
 from shared.contents import Contents, open_contents, open_layout, seal
@@ -42,45 +38,43 @@ from shared.recipes import (
     read_extents,
     write_recipe,
 )
-from shared.storage import Entry, Stage, Storage, translated
+from shared.storage import Entry, Stage, Storage, open_storage, translated
 
 RECIPES: Final = "recipes/sha256"
 LAYOUTS: Final = "layouts/sha256"
-_MENTION: Final = re.compile(rb"sha256:[0-9a-f]{64}")
 _REMOTE_THREADS: Final = 8
 """Parts that travel at once: a bucket answers slowly, but to many."""
 
 T = TypeVar("T")
 
 
-class Collected(msgspec.Struct, frozen=True):
-    """What `collect_garbage` removed."""
-
-    blobs: int
-    """Files."""
-    blob_bytes: int
-    """What they and their parts took."""
-    unfinished_uploads: int
-    parts: int = 0
-    """Parts that no file needs any more."""
-
-
 class ModelFiles:
-    """Those of one storage. See the module's text."""
+    """Those of one storage. See the module's text. May be called from several threads.
+
+    `cache_dir` is a folder on this machine (same layout, not cleaned up here) for copies of what
+    is in another place, or in pieces; it is made when it is needed.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._blobs = BlobStore(storage)
+        self.blobs = BlobStore(storage)
+        """Those that are whole, and parts of the others."""
         self._local = storage.local_path(RECIPES) is not None
+        self._caches: dict[str, BlobStore] = {}
 
     # --- writing ------------------------------------------------------------------------
 
     def writer(self, max_bytes: int | None = None) -> BlobWriter:
+        """For uploads that come in pieces: `with … as w: w.write(piece); w.commit(expect)`."""
         return BlobWriter(self._storage.stage(), self._settle, max_bytes)
 
     def put(
         self, pieces: Iterable[bytes], expect: str | None = None, max_bytes: int | None = None
     ) -> tuple[str, int]:
+        """Stores a file; returns its digest and size. The same content is stored once.
+
+        Raises `InvalidRequest` when the digest is not the one to `expect`, `TooLarge`.
+        """
         with self.writer(max_bytes) as writer:
             for piece in pieces:
                 writer.write(piece)
@@ -98,7 +92,7 @@ class ModelFiles:
             if layout is not None:
                 self._storage.replace(_layout_path(digest), seal(layout))
             if cuts is None:
-                self._blobs.publish(stage, digest, size)
+                self.blobs.publish(stage, digest, size)
             else:
                 recipe = self._keep_parts(stage, cuts)
                 self._storage.replace(_recipe_path(digest), encode_recipe(recipe))
@@ -106,12 +100,12 @@ class ModelFiles:
 
     def _present(self, digest: str, size: int) -> bool:
         """Whether all of the file is there; if so it looks new from now on."""
-        if self._blobs.present(digest, size):
+        if self.blobs.present(digest, size):
             return True
         with contextlib.suppress(FileNotFoundError, Internal):  # Internal: it is written anew
             recipe = self._recipe(digest)
             if recipe is not None and all(
-                self._blobs.present(part, nbytes) for part, nbytes in recipe.parts.items()
+                self.blobs.present(part, nbytes) for part, nbytes in recipe.parts.items()
             ):
                 self._storage.touch(_recipe_path(digest))
                 return True
@@ -131,10 +125,10 @@ class ModelFiles:
     def _sound(self, digest: str, nbytes: int) -> bool:
         """Whether the part is there. As others will build on it, it is looked into once, if that
         costs no network; a damaged one is to be replaced."""
-        if not self._blobs.present(digest, nbytes):
+        if not self.blobs.present(digest, nbytes):
             return False
         try:
-            self._blobs.verified_path(digest)
+            self.blobs.verified_path(digest)
         except Internal:
             return False
         return True
@@ -150,7 +144,7 @@ class ModelFiles:
                     if digest is None:
                         content.update(chunk)
             digest = digest or f"sha256:{content.hexdigest()}"
-            self._blobs.publish(target, digest, sum(each.nbytes for each in cuts))
+            self.blobs.publish(target, digest, sum(each.nbytes for each in cuts))
             return digest
         finally:
             target.discard()
@@ -158,59 +152,63 @@ class ModelFiles:
     # --- reading ------------------------------------------------------------------------
 
     def has(self, digest: str) -> bool:
-        return self._blobs.has(digest) or self._recipe_entry(digest) is not None
+        return self.blobs.has(digest) or self._recipe_entry(digest) is not None
 
     def size(self, digest: str) -> int:
         """Bytes; raises `ModelNotFound` when there is no such file."""
-        if self._blobs.has(digest):
-            return self._blobs.size(digest)
+        if self.blobs.has(digest):
+            return self.blobs.size(digest)
         return self._need(digest).size
 
     def open(self, digest: str) -> BinaryIO:
         """For reading, seekable; nothing is verified."""
-        if self._blobs.has(digest):
-            return self._blobs.open(digest)
-        return io.BufferedReader(Assembled(self._need(digest).pieces, self._blobs.open))
+        if self.blobs.has(digest):
+            return self.blobs.open(digest)
+        return io.BufferedReader(Assembled(self._need(digest).pieces, self.blobs.open))
 
     def touch(self, digest: str) -> None:
-        """Keeps the file from the next `collect`; `ModelNotFound` when it is gone."""
+        """Keeps the file from the next garbage collection; `ModelNotFound` when it is gone."""
         try:
-            self._blobs.touch(digest)
+            self.blobs.touch(digest)
         except ModelNotFound:
             try:
                 self._storage.touch(_recipe_path(digest))
             except FileNotFoundError:
                 raise _missing(digest) from None
 
-    def path(self, digest: str, cache: Callable[[], BlobStore]) -> str:
-        """The whole file on this machine, verified; put together in the cache when need be."""
-        path = self._blobs.verified_path(digest)
+    def path(self, digest: str, cache_dir: str) -> str:
+        """The whole file on this machine, verified: the repository's own when it is a directory
+        that has it in one piece, else a copy in the cache.
+
+        Hashed once per process, its size checked each time. Raises `ModelNotFound` when the
+        repository has no such file, `Internal` when it is damaged.
+        """
+        path = self.blobs.verified_path(digest)
         if path is not None:
             return path
         if not self.has(digest):
             raise _missing(digest)
-        return cache().fetch(digest, self)
+        return self._cache(cache_dir).fetch(digest, self)
 
-    def extents(self, digest: str, cache: Callable[[], BlobStore]) -> tuple[Extent, ...]:
-        """Where the file lies on this machine, verified; what is not here is copied to the
-        cache, parts that are there already not again."""
-        path = self._blobs.verified_path(digest)
+    def extents(self, digest: str, cache_dir: str) -> tuple[Extent, ...]:
+        """Where the file lies on this machine, verified like `path`: as it is in the repository
+        when that is a directory, else in the cache, to which is copied what other files have not
+        brought there already. Raises what `path` raises."""
+        path = self.blobs.verified_path(digest)
         if path is None:
             recipe = self._recipe(digest)
             if recipe is not None:
-                return extents(recipe, self._fetch_parts(digest, recipe, cache))
-            if not self._blobs.has(digest):
+                return extents(recipe, self._fetch_parts(digest, recipe, cache_dir))
+            if not self.blobs.has(digest):
                 raise _missing(digest)
-            path = cache().fetch(digest, self._blobs)
+            path = self._cache(cache_dir).fetch(digest, self.blobs)
         return (Extent(path, 0, Path(path).stat().st_size),)
 
-    def _fetch_parts(
-        self, digest: str, recipe: Recipe, cache: Callable[[], BlobStore]
-    ) -> dict[str, str]:
+    def _fetch_parts(self, digest: str, recipe: Recipe, cache_dir: str) -> dict[str, str]:
         def fetch(part: str) -> str:
             if not self._local:
-                return cache().fetch(part, self._blobs)
-            path = self._blobs.verified_path(part)
+                return self._cache(cache_dir).fetch(part, self.blobs)
+            path = self.blobs.verified_path(part)
             if path is None:
                 if self._recipe_entry(digest) is None:
                     raise _missing(digest)  # collected in this moment
@@ -219,16 +217,17 @@ class ModelFiles:
 
         return dict(zip(recipe.parts, self._for_each(fetch, recipe.parts), strict=True))
 
-    def layout(self, digest: str, cache: Callable[[], BlobStore]) -> Layout | None:
-        """What is inside; None when the file is not TorchScript. Made when it is missing or of
-        another version of this program, and kept."""
+    def layout(self, digest: str, cache_dir: str) -> Layout | None:
+        """What is inside a file; None when it is not TorchScript. It is kept beside the file since
+        that was stored; where it is missing or of another version it is made again, which
+        reads the file. Raises what `path` raises."""
         path = _layout_path(digest)
         with contextlib.suppress(FileNotFoundError):
             kept = open_layout(self._storage.read(path))
             if kept is not None:
                 return kept
         try:
-            with translated(), read_extents(self.extents(digest, cache)) as file:
+            with translated(), read_extents(self.extents(digest, cache_dir)) as file:
                 layout = read_layout(file)
         except InvalidRequest:
             return None
@@ -257,6 +256,14 @@ class ModelFiles:
                 found[paths[path]] = contents.blocks
         return found
 
+    def _cache(self, folder: str) -> BlobStore:
+        cache = self._caches.get(folder)
+        if cache is None:
+            storage = open_storage(folder, durable=False)
+            storage.sweep(min_age_s=60.0)
+            cache = self._caches.setdefault(folder, BlobStore(storage))
+        return cache
+
     def _recipe_entry(self, digest: str) -> Entry | None:
         try:
             return self._storage.entry(_recipe_path(digest))
@@ -282,51 +289,6 @@ class ModelFiles:
         with ThreadPoolExecutor(_REMOTE_THREADS, "roost-parts") as pool:
             return list(pool.map(act, names))
 
-    # --- garbage ------------------------------------------------------------------------
-
-    def collect(self, used: set[str], min_age_s: float) -> Collected:
-        """Removes files that are not used and older than `min_age_s` seconds, then the parts that
-        no file needs any more, and layouts of what is gone. Under the storage's exclusive lock."""
-        now = time.time()
-
-        def kept(digest: str, entry: Entry) -> bool:
-            return digest in used or entry.modified is None or now - entry.modified < min_age_s
-
-        uploads = self._storage.sweep(min_age_s)
-        files = parts = size = 0
-        removed: set[str] = set()
-        recipes = _by_digest(self._storage.find(RECIPES, 1))
-        remaining = {digest for digest, entry in recipes.items() if kept(digest, entry)}
-        # From the raw text: a recipe that cannot be read keeps its parts too.
-        needed, dropped = (
-            self._mentioned(digest for digest in recipes if (digest in remaining) is wanted)
-            for wanted in (True, False)
-        )
-        for digest in recipes.keys() - remaining:
-            self._storage.remove(recipes[digest].path)
-            removed.add(digest)
-            files += 1
-            size += recipes[digest].size
-        for digest, entry in self._blobs.entries().items():
-            if digest in needed or kept(digest, entry):
-                remaining.add(digest)
-                continue
-            self._blobs.remove(digest)
-            removed.add(digest)
-            size += entry.size
-            if digest in dropped:
-                parts += 1
-            else:
-                files += 1
-        for digest, entry in _by_digest(self._storage.find(LAYOUTS, 1)).items():
-            if digest not in remaining and (digest in removed or not kept(digest, entry)):
-                self._storage.remove(entry.path)
-        return Collected(files, size, uploads, parts)
-
-    def _mentioned(self, recipes: Iterable[str]) -> set[str]:
-        texts = self._storage.read_many(_recipe_path(digest) for digest in recipes)
-        return {found.decode() for text in texts.values() for found in _MENTION.findall(text)}
-
 
 def _take_apart(stage: Stage, size: int) -> tuple[Layout | None, list[Cut] | None]:
     with stage.reopen() as file:
@@ -335,14 +297,6 @@ def _take_apart(stage: Stage, size: int) -> tuple[Layout | None, list[Cut] | Non
         except InvalidRequest:
             return None, None
     return layout, cut(layout.blocks, size)
-
-
-def _by_digest(entries: Iterable[Entry]) -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
-    for entry in entries:
-        with contextlib.suppress(InvalidRequest):  # a file that somebody else put there
-            found[check_digest(f"sha256:{entry.path.rpartition('/')[2]}")] = entry
-    return found
 
 
 def _recipe_path(digest: str) -> str:

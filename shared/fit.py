@@ -28,12 +28,12 @@ def used_bytes(residents: Iterable[Footprint]) -> int:
     Weights add up, what several models share once; workspaces do not: one batch runs at a
     time, so the device needs room for the greatest workspace once.
     """
-    weights = workspace = 0
+    held = list(residents)
+    weights = sum([each.weights_bytes for each in held])
+    workspace = max([each.workspace_bytes for each in held], default=0)
     seen: set[str] = set()
-    for footprint in residents:
-        weights += footprint.weights_bytes
-        workspace = max(workspace, footprint.workspace_bytes)
-        for share in footprint.shares:
+    for shares in [each.shares for each in held if each.shares]:
+        for share in shares:
             if share.key in seen:
                 weights -= share.nbytes
             seen.add(share.key)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import time
 from collections.abc import Iterable
 from typing import Final, get_args
@@ -13,14 +11,13 @@ import msgspec
 from shared.blobs import check_digest
 from shared.errors import Internal, InvalidRequest, RoostError
 from shared.models import Format, Manifest, ModelSpec, Placement, Scalar
-from shared.names import ModelId, check_name, check_version, split_model_id
+from shared.names import check_name, check_version
 from shared.storage import Entry
 
 MODELS: Final = "models"
 MANIFEST: Final = "manifest.json"
 MAX_MANIFEST_BYTES: Final = 1 << 20
 
-_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _decode_manifest = msgspec.json.Decoder(Manifest).decode
 
 
@@ -92,15 +89,3 @@ def split_path(path: str) -> tuple[str, int] | None:
 def numbers(found: Iterable[Entry]) -> list[int]:
     """The versions whose files were found, ascending."""
     return sorted(known[1] for entry in found if (known := split_path(entry.path)))
-
-
-def profiles_path(name: str, version: int) -> str:
-    return f"{MODELS}/{name}/{version}/profiles"
-
-
-def profile_path(model: ModelId, device_kind: str) -> str:
-    name, version = split_model_id(model)
-    # Readable, and never the same for two kinds.
-    readable = _UNSAFE.sub("_", device_kind)[:64]
-    unique = hashlib.sha256(device_kind.encode()).hexdigest()[:8]
-    return f"{profiles_path(name, version)}/{readable}-{unique}.json"

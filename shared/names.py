@@ -99,6 +99,8 @@ HEADER_DEADLINE: Final = "roost-deadline-ms"
 HEADER_SPLIT_KEY: Final = "roost-split-key"
 """Of an HTTP or gRPC request. Requests with the same one get the same version, where an alias
 splits them between several."""
+HEADER_IDEMPOTENCY_KEY: Final = "Idempotency-Key"
+"""Of a job that is submitted over HTTP: the same one again is the same job."""
 HEADER_CODE: Final = "roost-code"
 """In a reply: `ok`, or the error's code (shared.errors)."""
 HEADER_STATUS: Final = "roost-status"

@@ -134,7 +134,7 @@ class Rig:
         return f"http://127.0.0.1:{self.port}"
 
     def register(self, name: str = "adder", spec: ModelSpec = SPEC) -> ModelId:
-        digest, _ = self.repository.put_blob([torchscript(name.encode() * 16)])
+        digest, _ = self.repository.files.put([torchscript(name.encode() * 16)])
         return self.repository.register(name, None, spec, digest).id
 
     async def infer(self, body=None, name: str = "adder", **options) -> httpx.Response:

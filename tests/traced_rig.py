@@ -61,7 +61,7 @@ class Traced:
         return Tracing(provider)
 
     def register(self, name: str, size: int = 100) -> None:
-        digest, _ = self.repository.put_blob([torchscript(name.encode().ljust(size, b"."))])
+        digest, _ = self.repository.files.put([torchscript(name.encode().ljust(size, b"."))])
         self.repository.register(name, None, SPEC, digest)
 
     async def infer(self, name: str, **headers: str) -> httpx.Response:

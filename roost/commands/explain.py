@@ -7,7 +7,8 @@ import json
 
 import httpx
 
-from roost.calls import authorization, translate_error
+from roost.calls.answers import translate_error
+from roost.calls.sending import authorization
 from roost.trust import add_ca_file, verify, why
 from shared.aliases import check_address
 from shared.errors import Unavailable

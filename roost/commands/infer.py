@@ -10,67 +10,76 @@ from typing import Any
 
 import httpx
 
-from roost.calls import authorization, translate_error
-from roost.trust import add_ca_file, verify, why
+from roost.calls.answers import checked
+from roost.calls.bodies import Body
+from roost.calls.calls import Calls
+from roost.calls.sending import Sender
+from roost.trust import add_ca_file
 from shared import v2
-from shared.errors import InvalidRequest, Unavailable
+from shared.errors import InvalidRequest
 from shared.names import HEADER_LENGTH
 from shared.tensors import Tensor, split_bytes, to_numpy
+
+HOW = (
+    "Inputs are NAME=JSON, e.g. 'x=[[1.0, 2.0]]'; datatype and shape follow from the model's "
+    "metadata, or stand before the value: 'x:INT64:1,2=[[1, 2]]'. With --json FILE a whole request "
+    "body is sent as it is ('-' reads standard input)."
+)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], url: str) -> None:
     parser = commands.add_parser(
         "infer",
         help="send one request to a model",
-        description="Sends one Open Inference Protocol v2 request and prints the response. "
-        "Inputs are NAME=JSON, e.g. 'x=[[1.0, 2.0]]'; datatype and shape follow from the "
-        "model's metadata, or stand before the value: 'x:INT64:1,2=[[1, 2]]'. With --json FILE "
-        "a whole request body is sent as it is ('-' reads standard input).",
+        description="Sends one Open Inference Protocol v2 request and prints the response. " + HOW,
     )
-    parser.add_argument("name")
-    parser.add_argument("inputs", nargs="*", metavar="NAME[:DATATYPE[:SHAPE]]=JSON")
-    parser.add_argument("--version")
-    parser.add_argument("--json", metavar="FILE", help="a v2 request body")
+    add_request(parser)
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds (default 60)")
     parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")
     add_ca_file(parser)
     parser.set_defaults(run=run)
 
 
+def add_request(parser: argparse.ArgumentParser) -> None:
+    """What is asked, of which model; `request_of` reads it."""
+    parser.add_argument("name")
+    parser.add_argument("inputs", nargs="*", metavar="NAME[:DATATYPE[:SHAPE]]=JSON")
+    parser.add_argument("--version")
+    parser.add_argument("--json", metavar="FILE", help="a v2 request body")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    calls, timeout_s = Calls(arguments.url), arguments.timeout
+    with Sender(arguments.url) as gateway:
+        body = request_of(arguments, calls, gateway, timeout_s)
+        version = arguments.version or None
+        answer = gateway.do(calls.infer_with(arguments.name, version, body, timeout_s, checked))
+    show(answer)
+    return 0
+
+
+def request_of(
+    arguments: argparse.Namespace, calls: Calls, gateway: Sender, timeout_s: float | None
+) -> Body:
+    """The request that was asked for; a file's as it is. Asks the gateway for the model's metadata
+    to make one of NAME=JSON."""
     if bool(arguments.inputs) == bool(arguments.json):
         raise InvalidRequest("give inputs as NAME=JSON, or --json FILE, and not both")
-    model = f"{arguments.url.rstrip('/')}/v2/models/{arguments.name}"
-    if arguments.version:
-        model += f"/versions/{arguments.version}"
-    try:
-        with httpx.Client(
-            timeout=arguments.timeout + 5,
-            trust_env=False,
-            verify=verify(model),
-            headers=authorization(),
-        ) as client:
-            if arguments.json:
-                body = _read(arguments.json)
-            else:
-                metadata = client.get(model)
-                if metadata.status_code != httpx.codes.OK:
-                    raise translate_error(metadata)
-                known = {spec["name"]: spec for spec in metadata.json().get("inputs", [])}
-                inputs = [_input(text, known) for text in arguments.inputs]
-                timeout_us = int(arguments.timeout * 1e6)
-                body = json.dumps(
-                    {"inputs": inputs, "parameters": {"timeout": timeout_us}}
-                ).encode()
-            answer = client.post(f"{model}/infer", content=body)
-    except httpx.HTTPError as error:
-        raise Unavailable(f"no answer from {arguments.url}: {why(model, error)}") from error
-    if answer.status_code != httpx.codes.OK:
-        raise translate_error(answer)
+    if arguments.json:
+        return Body(_read(arguments.json))
+    metadata = gateway.do(calls.metadata(arguments.name, arguments.version or None))
+    known = {spec["name"]: spec for spec in metadata.get("inputs", [])}
+    request: dict[str, Any] = {"inputs": [_input(text, known) for text in arguments.inputs]}
+    if timeout_s is not None:
+        request["parameters"] = {"timeout": int(timeout_s * 1e6)}
+    return Body(json.dumps(request).encode())
+
+
+def show(answer: httpx.Response) -> None:
+    """Prints a v2 response as JSON."""
     length = v2.parse_header_length(answer.headers.get(HEADER_LENGTH))
     shown = answer.json() if length is None else readable(answer.content, length)
     print(json.dumps(shown, indent=2))
-    return 0
 
 
 def readable(body: bytes, header_length: int) -> dict[str, Any]:

@@ -109,11 +109,12 @@ def run_rm(arguments: argparse.Namespace) -> int:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
+    from shared.imports import import_triton
     from shared.repository import Repository
 
     if not arguments.triton.is_dir():
         raise InvalidRequest(f"there is no directory {arguments.triton}")
-    manifests, errors = Repository(arguments.repository).import_triton(str(arguments.triton))
+    manifests, errors = import_triton(Repository(arguments.repository), str(arguments.triton))
     for manifest in manifests:
         print(f"{manifest.id}  {show_bytes(manifest.size_bytes)}  {manifest.digest}")
     for name, error in errors.items():

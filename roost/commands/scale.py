@@ -7,7 +7,7 @@ import asyncio
 import shlex
 import signal
 
-from roost.calls import authorization
+from roost.calls.sending import authorization
 from roost.stack.scaler import CommandRunner, ComposeRunner, Limits, Runner, Scaler
 from roost.trust import add_ca_file, verify
 from shared import logs

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from roost.calls import authorization
+from roost.calls.sending import authorization
 from roost.local import MissingService, find_binaries
 from roost.stack.port import Stack, StackConfig, StackFailed
 from roost.stack.scaler import Limits, Scaler, StackRunner

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from roost.calls import authorization
+from roost.calls.sending import authorization
 from roost.stack.port import StackFailed
 
 START_S = 90.0

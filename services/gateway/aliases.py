@@ -121,7 +121,7 @@ class AliasAdmin:
         now = time.time()
 
         def edit(present: Aliases) -> Aliases:
-            newest = self._repository.versions(name)[-1:] or [0]
+            newest = self._repository.versions.numbers(name)[-1:] or [0]
             return present.lead(alias, split, newest[0], now, at_once=wish.now)
 
         document = await asyncio.to_thread(self._repository.edit_aliases, name, edit, revision)

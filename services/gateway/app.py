@@ -32,7 +32,7 @@ from services.gateway.routes import Routes
 from services.gateway.rpc import Rpc
 from services.gateway.statistics import Statistics
 from services.gateway.status import Status
-from shared.auth import Gate
+from shared.auth import gate_of
 from shared.broker.port import Broker
 from shared.catalog import Catalog
 from shared.connect import open_broker, open_store
@@ -64,7 +64,7 @@ async def run(
     `ConfigError` where it must not listen, for want of API keys.
     """
     repository = Repository(config.repository_url)
-    gate = Gate(repository.keys, config.auth, config.host, encrypted=config.tls is not None)
+    gate = gate_of(repository.keys, config, "GATEWAY", config.host)
     await gate.start()
     instance = config.reply_queue_instance or uuid.uuid4().hex[:12]
     broker = broker or open_broker(config.amqp_url, f"gateway-{instance}", config.amqp_tls)

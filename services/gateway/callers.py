@@ -30,7 +30,8 @@ from shared.errors import (
     Unavailable,
 )
 from shared.models import Manifest
-from shared.repository import Repository, taken
+from shared.registrar import taken
+from shared.repository import Repository
 from shared.tenants import check_tenant
 
 log = structlog.get_logger(__name__)
@@ -105,7 +106,7 @@ class Callers:
         caller = asking()
         if not caller.key:
             return None
-        owner = await asyncio.to_thread(self._repository.owner, name)
+        owner = await asyncio.to_thread(self._repository.versions.owner, name)
         whole = caller.admin and not caller.confined
         mine: str | None = None if whole else caller.tenant
         if owner is None or owner == caller.tenant or whole:

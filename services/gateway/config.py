@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 
-from shared.auth import AuthMode
-from shared.config import CommonConfig, ConfigError
+from shared.auth import GuardedConfig
+from shared.config import ConfigError
 from shared.names import REPLY_QUEUE_PREFIX
 
 _INSTANCE = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 
 
-class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
+class GatewayConfig(GuardedConfig, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     """Loopback: who wants the network to reach the gateway says so (images do)."""
     port: int = 8000
@@ -22,13 +22,6 @@ class GatewayConfig(CommonConfig, frozen=True, kw_only=True):
     instance: str = ""
     """Names the reply queue, and must differ between gateways. Empty: a new random one at each
     start; a fixed one (a StatefulSet's pod name) keeps one queue across restarts."""
-    auth: AuthMode = "auto"
-    """Whether callers must show an API key (docs/security.md). `auto`: on loopback as soon as there
-    is one; with a `host` beyond loopback always, and without any key the gateway does not start.
-    `required`: always. `off`: never, for where something else keeps strangers out."""
-    metrics_open: bool = False
-    """Whether `/metrics` is told without a key where keys are asked for. Else Prometheus shows one
-    with the scope `metrics`."""
     request_limit_bytes: int = 15 * 1024 * 1024
     """RabbitMQ 4 takes messages of 16 MiB; the rest is for headers and to be safe. Counted
     after decompression."""

@@ -26,8 +26,8 @@ from services.gateway.status import VERSION, Status
 from services.gateway.table import Handler, Row
 from shared.blobs import check_digest
 from shared.errors import InvalidRequest, TooLarge, Unavailable
+from shared.http.metrics import metrics_page
 from shared.names import check_name, check_version
-from shared.nvmetrics import encoder
 
 _BODY_BYTES: Final = 1024 * 1024
 """JSON: a model's description, a filter."""
@@ -285,14 +285,7 @@ class Control:
 
 def metrics_row(config: GatewayConfig, metrics: Metrics) -> Row:
     """`GET /metrics`, as Prometheus or OpenMetrics text, whichever is asked for."""
-
-    async def told(request: Request) -> Response:
-        encode, content_type = encoder(request.headers.get("accept", ""))
-        # In a thread: thousands of models' series do not hold up the event loop.
-        text = await asyncio.to_thread(encode, metrics.registry)
-        return Response(text, headers={"content-type": content_type})
-
-    return "GET", "/metrics", "open" if config.metrics_open else "metrics", told
+    return "GET", "/metrics", config.metrics_need, metrics_page(metrics.registry)
 
 
 class _IndexFilter(msgspec.Struct):

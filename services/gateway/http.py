@@ -17,13 +17,12 @@ from starlette.routing import Router
 from services.gateway.body import ClientGone, Receive, SlowBody
 from services.gateway.callers import Callers, asked_by
 from services.gateway.core.admission import Admission
-from services.gateway.core.jobs import NotDone
 from services.gateway.httpinfer import Answer, HttpInference
 from services.gateway.rpc import Rpc
 from services.gateway.sending import Send, send_answer, send_held
 from services.gateway.table import Row, routes_of
 from shared.auth import challenge
-from shared.errors import ECHOING, STATUS, InvalidRequest, RoostError
+from shared.errors import ECHOING, STATUS, InvalidRequest, JobNotDone, RoostError
 from shared.logs import bound
 from shared.names import HEADER_CODE
 from shared.v2 import error_body
@@ -35,7 +34,7 @@ Scope = MutableMapping[str, Any]
 _JSON: Final = (b"content-type", b"application/json")
 _CODE: Final = HEADER_CODE.encode()
 """Also told over HTTP: two codes share a status here and there."""
-_HTTP_ONLY: Final = {SlowBody.code: 408, NotDone.code: 409}
+_HTTP_ONLY: Final = {SlowBody.code: 408, JobNotDone.code: 409}
 _SHOWN_CHARS: Final = 200
 """Of a client's text, in a log line."""
 

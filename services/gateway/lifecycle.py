@@ -16,7 +16,7 @@ import structlog
 
 from services.gateway.callers import Callers
 from services.gateway.overrides import Loading
-from services.gateway.registry import Registry
+from services.gateway.registry import Registration, Registry
 from shared.catalog import NEGATIVE_TTL_S, TTL_S
 from shared.errors import InvalidRequest, ModelNotFound
 from shared.models import ModelSpec
@@ -83,12 +83,13 @@ class Lifecycle:
         if not loading.files:
             if digest is None:
                 raise ModelNotFound(f"model {name!r} is not registered")
-            await self._registry.register_file(name, None, spec, digest, tenant)
+            await self._registry.register(name, None, Registration(digest, spec), tenant)
             return
         for file in loading.files:
-            stored, _ = await asyncio.to_thread(self._repository.put_blob, file.pieces())
+            stored, _ = await asyncio.to_thread(self._repository.files.put, file.pieces())
+            said = Registration(stored, spec)
             try:
-                await self._registry.register_file(name, file.version, spec, stored, tenant)
+                await self._registry.register(name, file.version, said, tenant)
             except InvalidRequest as error:
                 raise InvalidRequest(f"version {file.version}: {error.message}") from None
 
@@ -99,7 +100,7 @@ class Lifecycle:
         tenant = None
         try:
             tenant = await self._callers.check_change(name, new=new)
-            manifest = await asyncio.to_thread(self._repository.manifest, name)
+            manifest = await asyncio.to_thread(self._repository.versions.manifest, name)
         except ModelNotFound:
             return tenant, ModelSpec(), None
         fields = {field: getattr(manifest, field) for field in ModelSpec.__struct_fields__}

@@ -29,7 +29,12 @@ from services.gateway.operations import (
 from services.gateway.registry import Registration
 from services.gateway.schemas import RESPONSES, SCHEMAS
 from shared.models import Manifest, ModelSpec
-from shared.names import HEADER_DEADLINE, HEADER_LENGTH, HEADER_SPLIT_KEY
+from shared.names import (
+    HEADER_DEADLINE,
+    HEADER_IDEMPOTENCY_KEY,
+    HEADER_LENGTH,
+    HEADER_SPLIT_KEY,
+)
 from shared.tenants import Quota
 
 _PAGE: Final = "api.html"
@@ -39,6 +44,8 @@ _VERSION: Final = r"^([1-9][0-9]{0,8}|[a-z][a-z0-9_-]{0,62})$"
 _ALIAS: Final = r"^[a-z][a-z0-9_-]{0,62}$"
 OPEN: Final = ("/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs")
 """Paths that need no key, wherever keys are asked for."""
+_KEY: Final = r'^("[!#-\[\]-~]{1,255}"|[!#-~][!-~]{0,254})$'
+"""In quotes without escapes, or without quotes."""
 _REVISION: Final = r'^"[0-9]{1,18}"$'
 
 
@@ -99,6 +106,10 @@ def _document(version: str) -> Json:
                 "split": parameter(
                     HEADER_SPLIT_KEY, "header", {"type": "string", "pattern": "^[!-~]{1,256}$"},
                     "Requests with the same key get the same version of a split."),
+                "idempotency": parameter(
+                    HEADER_IDEMPOTENCY_KEY, "header", {"type": "string", "pattern": _KEY},
+                    "Of this one job: sent again with the same request, it leads to the same job. "
+                    "A UUID, say."),
                 "key": parameter("key", "path", {"type": "string",
                                                   "pattern": "^[0-9a-f]{12}$"}),
                 "tenant": parameter(
@@ -305,14 +316,15 @@ def _jobs() -> Json:
 
 def _submit(parameters: list[str]) -> Json:
     accepted = {
-        "description": "Accepted: it will have its turn, whatever is restarted meanwhile.",
+        "description": "Accepted: it will have its turn, whatever is restarted meanwhile. Under an "
+        "`Idempotency-Key` that was used before: the job that there is, as it stands now.",
         "headers": {"Location": {"schema": {"type": "string"}, "description": "Of the job."}},
         "content": {"application/json": {"schema": ref("Job")}},
     }
     return operation(
         "Submit a request, and come back for the answer", "jobs", {"202": accepted},
-        400, 404, 408, 413, 429, 500, 503, 504, body=_inputs(),
-        parameters=[*parameters, "length", "deadline", "encoding", "split"],
+        400, 404, 408, 413, 422, 429, 500, 503, 504, body=_inputs(),
+        parameters=[*parameters, "length", "deadline", "encoding", "split", "idempotency"],
     )  # fmt: skip
 
 

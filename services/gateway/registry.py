@@ -90,9 +90,9 @@ class Registry:
 
     async def blob_size(self, digest: str) -> int | None:
         """None when there is no such file."""
-        if not await asyncio.to_thread(self._repository.has_blob, digest):
+        if not await asyncio.to_thread(self._repository.files.has, digest):
             return None
-        return await asyncio.to_thread(self._repository.blob_size, digest)
+        return await asyncio.to_thread(self._repository.files.size, digest)
 
     async def upload(self, digest: str, pieces: AsyncIterator[bytes]) -> int:
         """Keeps the file if it has this digest, and returns its size.
@@ -105,7 +105,7 @@ class Registry:
             raise Overloaded(f"{self._uploads} uploads are under way already", retry_after_s=5)
         self._uploads += 1
         try:
-            with await asyncio.to_thread(self._repository.open_blob_writer) as writer:
+            with await asyncio.to_thread(self._repository.files.writer) as writer:
                 async for piece in pieces:
                     await asyncio.to_thread(writer.write, piece)
                 _, size = await asyncio.to_thread(writer.commit, digest)
@@ -126,18 +126,7 @@ class Registry:
         again gives the same manifest.
 
         Raises `InvalidRequest` (no such file, or not a model), `AlreadyExists`."""
-        digest = check_digest(registration.digest)
-        return await self.register_file(name, version, registration.spec, digest, tenant)
-
-    async def register_file(
-        self,
-        name: str,
-        version: int | None,
-        spec: ModelSpec,
-        digest: str,
-        tenant: str | None = None,
-    ) -> Manifest:
-        """Of a stored file; as `register`."""
+        spec, digest = registration.spec, check_digest(registration.digest)
         manifest = await asyncio.to_thread(
             self._repository.register, name, version, spec, digest, tenant
         )

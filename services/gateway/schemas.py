@@ -370,6 +370,7 @@ _ERRORS: Final = {
     408: "The body did not arrive in time.",
     409: "Something else is there already, or has changed meanwhile, or is still used.",
     413: "Beyond a limit, counted after decompression.",
+    422: "Another request was sent under this `Idempotency-Key`.",
     429: "Too much is under way. `Retry-After` says when there should be room.",
     500: "The model failed, or the gateway.",
     503: "A part that is needed is away.",

@@ -75,7 +75,7 @@ class Status:
     async def versions(self, name: str) -> list[int]:
         """Those that can be asked, ascending. Raises `ModelNotFound` when none can."""
         await self._catalog.get(name)
-        return await asyncio.to_thread(self._repository.versions, name)
+        return await asyncio.to_thread(self._repository.versions.numbers, name)
 
     async def configuration(self, name: str, version: int | None) -> dict[str, Any]:
         """Triton's ModelConfig, as far as it says something here. Raises `ModelNotFound`."""
@@ -140,7 +140,7 @@ class Status:
         """All that is known of one model, by version. Raises `ModelNotFound`."""
         await self._catalog.get(name, even_unloaded=True)  # raises when there is none
         unloaded = name in await self._catalog.unloaded()
-        versions = await asyncio.to_thread(self._repository.versions, name)
+        versions = await asyncio.to_thread(self._repository.versions.numbers, name)
         where = await self._where()
         sharing = await self._catalog.sharing()
         quarantined = await self._catalog.quarantined()

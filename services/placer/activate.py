@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 
 import structlog
 
@@ -19,6 +19,7 @@ from services.placer.core.plan import Plan, place_one
 from services.placer.knowledge import Active, Knowledge
 from services.placer.metrics import Metrics
 from services.placer.replies import answer, check_deadline, forwarded
+from services.placer.sizes import Sizes
 from services.placer.spans import failed, placing
 from shared import packs
 from shared.broker.port import (
@@ -31,10 +32,9 @@ from shared.broker.port import (
 )
 from shared.catalog import Catalog
 from shared.errors import Internal, InvalidRequest, ModelNotFound, RoostError, from_code
-from shared.models import Footprint, Manifest, Profile
+from shared.models import Manifest
 from shared.names import ModelId, check_name, model_queue
 from shared.nvmetrics import reason_of
-from shared.repository import Repository
 from shared.store.port import StoreUnavailable
 from shared.tracing import Tracing
 
@@ -54,7 +54,7 @@ class Activator:
         self,
         broker: Broker,
         catalog: Catalog,
-        repository: Repository,
+        sizes: Sizes,
         knowledge: Knowledge,
         applier: Applier,
         metrics: Metrics,
@@ -62,7 +62,7 @@ class Activator:
     ) -> None:
         self._broker = broker
         self._catalog = catalog
-        self._repository = repository
+        self._sizes = sizes
         self._knowledge = knowledge
         self._applier = applier
         self._metrics = metrics
@@ -109,17 +109,6 @@ class Activator:
             task.add_done_callback(lambda done: self._activated(model, done))
         # A caller that is cancelled must not cancel what others wait for.
         await asyncio.shield(task)
-
-    async def look_into(self, active: Active) -> None:
-        """Finds out, once, what the model has in common with others: or a burst of fine-tunes
-        would count in full until each was loaded, and push out what has room."""
-        if active.manifest is None or active.looked_into:
-            return
-        try:
-            active.estimate = await asyncio.to_thread(self._repository.estimate, active.manifest)
-            active.looked_into = True
-        except RoostError as error:
-            log.warning("not_looked_into", model=active.manifest.id, error=str(error))
 
     async def close(self) -> None:
         """Ends what is under way; what it was for comes again. What is being published is seen
@@ -230,10 +219,10 @@ class Activator:
         """Raises when it can never be served, before anything is made for it."""
         model = manifest.id
         newcomer = Active(manifest)
-        newest, _, profiles = await asyncio.gather(
-            self._catalog.get(manifest.name), self.look_into(newcomer), self._profiles(model)
+        newest, _ = await asyncio.gather(
+            self._catalog.get(manifest.name),
+            self._sizes.learn(newcomer, self._knowledge.device_kinds()),
         )
-        newcomer.known = _sizes(manifest, newcomer.estimate, profiles)
         self._place(manifest, newcomer, dry=True)
         await self._applier.keep_active(model)
         if model not in self._knowledge.active:
@@ -241,6 +230,7 @@ class Activator:
         known = self._knowledge.activate(model, manifest, why=why)
         known.known = {**newcomer.known, **known.known}
         known.estimate, known.looked_into = newcomer.estimate, newcomer.looked_into
+        known.profiled |= newcomer.profiled
         self._knowledge.defaults[manifest.name] = newest.version
         return known
 
@@ -273,15 +263,6 @@ class Activator:
                 raise from_code(refused.code, f"{manifest.id} cannot be placed: {refused.refusal}")
         return plan
 
-    async def _profiles(self, model: ModelId) -> dict[str, Profile]:
-        """What was measured of the model on the kinds of device that are there."""
-        found = {}
-        for kind in self._knowledge.device_kinds():
-            profile = await asyncio.to_thread(self._repository.profile, model, kind)
-            if profile is not None:
-                found[kind] = profile
-        return found
-
     async def _forward(self, model: ModelId, message: Message, routing_key: str) -> None:
         queue = model_queue(model)
         # Before it is there: a depth that is read meanwhile must not count as "nothing waits".
@@ -308,21 +289,3 @@ class Activator:
 
 
 _FAULT = Internal("the placer failed on this request; its log says why")
-
-
-def _sizes(
-    manifest: Manifest, estimate: Footprint | None, profiles: Mapping[str, Profile]
-) -> dict[str, Footprint]:
-    """By kind of device. Shares are counted in whole blocks, so the weights are not less than
-    those."""
-    shares = () if estimate is None else estimate.shares
-    least = 0 if estimate is None else estimate.weights_bytes
-    return {
-        kind: Footprint(
-            max(profile.weights_bytes, least),
-            profile.workspace_bytes,
-            shares=shares,
-            pinned=manifest.stateful,
-        )
-        for kind, profile in profiles.items()
-    }

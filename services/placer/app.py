@@ -16,7 +16,7 @@ from services.placer.lease import Lease
 from services.placer.metrics import Metrics
 from services.placer.scale import Scale
 from services.placer.term import Term
-from shared.auth import Gate
+from shared.auth import gate_of
 from shared.broker.policies import apply_policies, vhost_of
 from shared.broker.port import Broker
 from shared.catalog import Catalog
@@ -48,14 +48,7 @@ async def run(
     API keys.
     """
     repository = Repository(config.repository_url)
-    gate = Gate(
-        repository.keys,
-        config.auth,
-        config.host,
-        setting="ROOST_PLACER_AUTH",
-        encrypted=config.tls is not None,
-        further=config.own_key(),
-    )
+    gate = gate_of(repository.keys, config, "PLACER", config.host, further=config.own_key())
     await gate.start()
     instance = config.instance or uuid.uuid4().hex[:12]
     broker = broker or open_broker(config.amqp_url, f"placer-{instance}", config.amqp_tls)
@@ -67,9 +60,7 @@ async def run(
     lease = Lease(
         store, f"placer-{instance}", ttl_s=config.lease_ttl_s, renew_s=config.lease_renew_s
     )
-    http = PlacerHttp(
-        broker, lease, catalog, scale, metrics, gate, metrics_open=config.metrics_open
-    )
+    http = PlacerHttp(broker, lease, catalog, scale, metrics, gate, config.metrics_need)
 
     async def lead_when_elected() -> None:
         await broker.start()

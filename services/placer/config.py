@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from services.placer.core.policy import Policy
-from shared.auth import AuthMode
-from shared.config import CommonConfig, ConfigError
+from shared.auth import GuardedConfig
+from shared.config import ConfigError
 from shared.errors import InvalidRequest
 from shared.keys import Key
 
 
-class PlacerConfig(CommonConfig, frozen=True, kw_only=True):
+class PlacerConfig(GuardedConfig, frozen=True, kw_only=True):
+    """Callers show a key with the scope `admin`: what is told here names models and workers of all
+    tenants, and what can be asked for changes the fleet."""
+
     host: str = "127.0.0.1"
     """Loopback: what it tells names models and workers. Images say `0.0.0.0`."""
     port: int = 8003
     """Beside the gateway's 8000. 0 takes a free one."""
-    auth: AuthMode = "auto"
-    """Whether callers must show an API key with the scope `admin`, as for the gateway: what is told
-    here names models and workers of all tenants, and what can be asked for changes the fleet."""
-    metrics_open: bool = False
-    """Whether `/metrics` is told without a key where keys are asked for."""
     further_key: str = ""
     """One more admin key, as `<id>:<SHA-256 of its secret>`, that the registry does not have: by it
     `roost up` asks the placer that it has started."""

@@ -20,6 +20,7 @@ from services.placer.observe import Observer
 from services.placer.record import Recorder
 from services.placer.recover import Recovery
 from services.placer.scale import Scale
+from services.placer.sizes import Sizes
 from shared.names import ModelId
 from shared.store.port import TOPIC_REPORTS, Store, StoreUnavailable
 
@@ -45,6 +46,7 @@ class Cycle:
         observer: Observer,
         applier: Applier,
         recovery: Recovery,
+        sizes: Sizes,
         scale: Scale,
         metrics: Metrics,
         tick_s: float,
@@ -56,6 +58,7 @@ class Cycle:
         self._observer = observer
         self._applier = applier
         self._recovery = recovery
+        self._sizes = sizes
         self._scale = scale
         self._metrics = metrics
         self._tick_s = tick_s
@@ -109,6 +112,7 @@ class Cycle:
             self._fence = self._lease.fence
         reports = await self._recovery.complete(await self._observer.reports())
         knowledge.see(reports, {}, asked_at)
+        await self._sizes.complete()
         await self._relieve(began)
         depths_at = knowledge.clock()
         depths = await self._observer.depths(knowledge)

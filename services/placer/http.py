@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,9 +20,9 @@ from shared.auth import Gate, Need, challenge
 from shared.broker.port import Broker
 from shared.catalog import Catalog
 from shared.errors import STATUS, InvalidRequest, RoostError, Unavailable
+from shared.http.metrics import metrics_page
 from shared.logs import bound
 from shared.names import check_name
-from shared.nvmetrics import encoder
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -41,8 +40,7 @@ class PlacerHttp:
         scale: Scale,
         metrics: Metrics,
         gate: Gate,
-        *,
-        metrics_open: bool = False,
+        metrics_need: Need,
     ) -> None:
         self.term: Term | None = None
         self._broker = broker
@@ -51,11 +49,7 @@ class PlacerHttp:
         self._scale = scale
         self._gate = gate
 
-        async def told(request: Request) -> Response:
-            encode, content_type = encoder(request.headers.get("accept", ""))
-            text = await asyncio.to_thread(encode, metrics.registry)
-            return Response(text, headers={"content-type": content_type})
-
+        told = metrics_page(metrics.registry)
         self.app = Starlette(
             routes=[
                 self._route("GET", "/healthz", "open", self._healthz),
@@ -66,7 +60,7 @@ class PlacerHttp:
                 self._route("POST DELETE", "/fleet/workers/{worker}/drain", "admin", self._drain),
                 self._route("GET", "/explain/{name}", "admin", self._explain),
                 self._route("GET", "/explain/{name}/{version}", "admin", self._explain),
-                self._route("GET", "/metrics", "open" if metrics_open else "metrics", told),
+                self._route("GET", "/metrics", metrics_need, told),
             ],
             exception_handlers={RoostError: _refuse},
         )

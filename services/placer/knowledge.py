@@ -2,7 +2,8 @@
 
 `assigned` is what it wants; what was written to the store and to the broker follows it
 (apply.py). Laws: `assigned` has exactly the workers that report; every assigned model is
-active; a model is active or being retired, never both.
+active; a model is active or being retired, never both. What reports tell of workers, and what
+waits in queues, are parts with laws of their own (workers.py, waiting.py).
 
 Times are monotonic.
 """
@@ -11,20 +12,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import msgspec
 
-from services.placer.consumers import Consumers
 from services.placer.core.changes import Plan, Retire
 from services.placer.core.demand import DemandTracker
-from services.placer.core.news import News, header, shows_the_same
 from services.placer.core.policy import Policy
 from services.placer.core.view import Binding, FleetSince, Pace, Quota, View
-from services.placer.failures import Failures
 from services.placer.history import History
 from services.placer.names import Names
 from services.placer.picture import Active, Picture
-from services.placer.worker_views import WorkerViews
+from services.placer.waiting import Waiting
+from services.placer.workers import Workers
 from shared import tenants
 from shared.control import ModelReport, Report
 from shared.models import Manifest
@@ -48,8 +48,6 @@ class Knowledge:
         self.policy = policy
         self.clock = clock
         self.tracker = DemandTracker(policy)
-        self.reports: dict[str, Report] = {}
-        self.reported: dict[str, dict[ModelId, ModelReport]] = {}
         self.assigned: dict[str, dict[ModelId, Binding]] = {}
         self.active: dict[ModelId, Active] = {}
         self.retiring: dict[ModelId, Retiring] = {}
@@ -65,11 +63,7 @@ class Knowledge:
         """What tenants may have, of those of whom something is said."""
         self.shares: dict[str, float] = {}
         """Of device time, by tenant, where not 1; never changed, but replaced."""
-        self.leaving: set[str] = set()
-        """Workers that were asked to leave, of those that report."""
         self._held: set[ModelId] = set()
-        self._waiting: set[ModelId] = set()
-        """Active models of which something may wait in the queue."""
         self.version = 0
         """Grows with everything that another view would show."""
         self.saturated: set[ModelId] = set()
@@ -78,19 +72,10 @@ class Knowledge:
         self.last_plan = Plan()
         self._copies: dict[ModelId, int] = {}
         self._picture = Picture(self.tracker, policy)
-        self._failures = Failures(policy)
-        self._consumers = Consumers()
-        self._workers = WorkerViews(
-            self.tracker,
-            policy,
-            self._failures,
-            self.active,
-            self.reported,
-            self.assigned,
-            self.leaving,
+        self._waiting = Waiting(self.active, self.tracker)
+        self._workers = Workers(
+            self.tracker, policy, self.history, self.active, self.assigned, self.generations
         )
-        self._measured: set[ModelId] = set()
-        """Models of which a size was learnt."""
         self._low_since: dict[ModelId, float] = {}
         self._fleet_since = FleetSince()
         self._pace = Pace()
@@ -102,9 +87,24 @@ class Knowledge:
         )
 
     @property
+    def reports(self) -> Mapping[str, Report]:
+        """The newest of every worker that is there."""
+        return self._workers.reports
+
+    @property
+    def reported(self) -> Mapping[str, Mapping[ModelId, ModelReport]]:
+        """What they tell of each model."""
+        return self._workers.reported
+
+    @property
+    def leaving(self) -> AbstractSet[str]:
+        """Workers that were asked to leave, of those that report."""
+        return self._workers.leaving
+
+    @property
     def consumers(self) -> Mapping[ModelId, Sequence[str]]:
         """Workers that consume each model's queue, as they report."""
-        return self._consumers.by_model
+        return self._workers.consumers.by_model
 
     def note(self, what: str, model: str = "", worker: str = "", why: str = "") -> None:
         self.history.note(what, model, worker, why)
@@ -115,48 +115,19 @@ class Knowledge:
         """The newest report of every worker that is there, and the depths that were asked for
         at `asked_at` or later. A worker without a report is gone; a new one must have been
         adopted before."""
-        now = self.clock()
-        before, self.reports = self.reports, {report.worker: report for report in reports}
-        for gone in before.keys() - self.reports.keys():
-            self._lose(gone)
-        news = self.tracker.observe(self.reports.values(), {}, now)
-        for worker in self._failures.workers():
-            if worker not in news:
-                self._note_failures(self.reports[worker], now)
-        for worker, new in news.items():
-            self._take(self.reports[worker], before.get(worker), new, now)
-        for worker in self._failures.listen(news, now):
-            self._workers.changed(worker)
-            silent = self._failures.silent(worker)
-            self.note("worker is silent" if silent else "worker is heard again", worker=worker)
-        self._workers.resized_models(self._measured)
-        self._measured = set()
+        for gone in self._workers.see(reports, self.clock()):
+            for model in list(self.assigned.get(gone, ())):
+                self._drop(gone, model)
+            self.assigned.pop(gone, None)
+            self.generations.pop(gone, None)
         self.see_depths(depths, asked_at)
-        for model in self._waiting & self.consumers.keys():
-            active = self.active.get(model)
-            if active is not None:
-                active.waiting_at = None
-        self.saturated = self._consumers.saturated()
-        self.version += 1
+        self._waiting.consumed(self.consumers)
+        self.saturated = self._workers.consumers.saturated()
 
     def see_depths(self, depths: dict[ModelId, int], asked_at: float) -> None:
         """What waits in these models' queues, as asked for at `asked_at` or later."""
-        now = self.clock()
         self.version += 1
-        for model, depth in depths.items():
-            active = self.active.get(model)
-            if active is None:
-                continue
-            active.depth = depth
-            if depth:
-                self._waiting.add(model)
-                self.tracker.touch(model, now)
-                if active.backlog_since is None:
-                    active.backlog_since = asked_at
-                continue
-            active.backlog_since = None
-            if active.waiting_at is not None and active.waiting_at < asked_at:
-                active.waiting_at = None
+        self._waiting.see(depths, asked_at, self.clock())
 
     def requests_per_message(self, model: ModelId) -> float:
         """Of late, by those that consume its queue; else what they said last."""
@@ -179,8 +150,7 @@ class Knowledge:
         now = self.clock()
         self.assigned[worker] = {}
         if leaving:
-            self.leaving.add(worker)
-            self._workers.changed(worker)
+            self._workers.leave(worker)
         for model, reason in models.items():
             if model in self.active:
                 self._put(worker, model, Binding(now, reason))
@@ -198,13 +168,7 @@ class Knowledge:
     def in_hand(self, model: ModelId) -> list[str]:
         """Workers that may hold messages of the model's queue: that consume it, that hold some,
         or that have not been seen to follow their last assignment."""
-        found = []
-        for worker, report in self.reports.items():
-            seen = self.reported[worker].get(model)
-            behind = report.generation < self.generations.get(worker, 0)
-            if behind or (seen is not None and (seen.bound or seen.held)):
-                found.append(worker)
-        return found
+        return self._workers.in_hand(model)
 
     def device_kinds(self) -> set[str]:
         return {report.device_kind for report in self.reports.values() if report.device_kind}
@@ -213,16 +177,12 @@ class Knowledge:
 
     def leave(self, worker: str, why: str) -> None:
         """The worker, which must report, is to leave once others have what it has."""
-        if worker not in self.leaving:
-            self.leaving.add(worker)
-            self._workers.changed(worker)
+        if self._workers.leave(worker):
             self.note("worker leaves", worker=worker, why=why)
 
     def stay(self, worker: str) -> None:
         """Takes that back."""
-        if worker in self.leaving:
-            self.leaving.remove(worker)
-            self._workers.changed(worker)
+        if self._workers.stay(worker):
             self.note("worker stays", worker=worker)
 
     # --- what is active ---------------------------------------------------------------------
@@ -233,7 +193,7 @@ class Knowledge:
         if active is None:
             retiring = self.retiring.pop(model, None)
             active = self.active[model] = Active(manifest) if retiring is None else retiring.active
-            self._waiting.add(model)
+            self._waiting.look_at(model)
             self.version += 1
             self.tracker.touch(model, self.clock())
             self.note("activated", model, why=why)
@@ -243,14 +203,12 @@ class Knowledge:
 
     def wait(self, model: ModelId) -> None:
         """A request was put into the model's queue."""
-        active = self.active.get(model)
-        if active is not None:
+        if model in self.active:
             now = self.clock()
             self.tracker.touch(model, now)
             self.version += 1
             if model not in self.consumers:
-                active.waiting_at = now
-                self._waiting.add(model)
+                self._waiting.put(model, now)
 
     def retire(self, gone: Retire) -> None:
         """Takes the model from all workers and out of what is active."""
@@ -307,12 +265,12 @@ class Knowledge:
         and a few operations on whole columns."""
         now = self.clock()
         warm = {model: self.is_meant(model) for model in self._picture.warm}
-        self._workers.resized_models(self._picture.refresh(self.active, warm, now))
+        views, asked = self._workers.views, self._waiting.asked()
+        views.resized_models(self._picture.refresh(self.active, warm, now))
         if newcomer is None or newcomer[0] in self.active:
-            models = self._picture.models(self._asked(), self._low_since)
+            models = self._picture.models(asked, self._low_since)
         else:
-            models = self._picture.models_with(*newcomer, self._asked(), self._low_since, now)
-        views = self._workers
+            models = self._picture.models_with(*newcomer, asked, self._low_since, now)
         return View(
             at=now,
             workers={w: views.view(report, models, now) for w, report in self.reports.items()},
@@ -334,7 +292,7 @@ class Knowledge:
             if new.worker in self.assigned and new.model in self.active:
                 self._put(new.worker, new.model, Binding(now, new.reason, new.spare))
                 self.history.place(new)
-                self._workers.charge(new.worker, new.load_s, now)
+                self._workers.views.charge(new.worker, new.load_s, now)
                 touched.add(new.worker)
         for retired in plan.retire:
             self.retire(retired)
@@ -350,78 +308,20 @@ class Knowledge:
 
     # --- parts ------------------------------------------------------------------------------
 
-    def _asked(self) -> dict[ModelId, Active]:
-        """Models of which something waits in the queue, as far as is known."""
-        for model in list(self._waiting):
-            active = self.active.get(model)
-            if active is None or not (active.depth or active.waiting_at is not None):
-                self._waiting.remove(model)
-        return {model: self.active[model] for model in self._waiting}
-
     def _put(self, worker: str, model: ModelId, binding: Binding) -> None:
         models = self.assigned[worker]
         if model not in models:
             self._copies[model] = self._copies.get(model, 0) + 1
         models[model] = binding
         self.version += 1
-        self._workers.reassigned(worker)
+        self._workers.views.reassigned(worker)
 
     def _drop(self, worker: str, model: ModelId) -> bool:
         if self.assigned.get(worker, {}).pop(model, None) is None:
             return False
         self.version += 1
-        self._workers.reassigned(worker)
+        self._workers.views.reassigned(worker)
         self._copies[model] -= 1
         if not self._copies[model]:
             del self._copies[model]
         return True
-
-    def _take(self, report: Report, before: Report | None, news: News, now: float) -> None:
-        """A report that is new."""
-        worker = report.worker
-        self.reported[worker] = news.models
-        self._consumers.take(worker, news)
-        resized, seen = bool(news.gone), before is None or header(before) != header(report)
-        for was, told in news.changed:
-            if was is None or was.footprint != told.footprint:
-                resized = True
-                self._learn_size(report, told)
-            if not seen:
-                seen = was is None or not shows_the_same(was, told)
-        self._note_failures(report, now)
-        if resized:
-            self._workers.resized(worker)
-        elif seen:
-            self._workers.changed(worker)
-
-    def _lose(self, worker: str) -> None:
-        for model in list(self.assigned.get(worker, ())):
-            self._drop(worker, model)
-        self._consumers.lose(worker, self.reported.pop(worker, {}))
-        self.assigned.pop(worker, None)
-        self.generations.pop(worker, None)
-        self._workers.forget(worker)
-        if self._failures.forget(worker):
-            for each in self.reports:
-                self._workers.changed(each)
-        self.leaving.discard(worker)
-        self.note("worker left", worker=worker, why="no report any more")
-
-    def _note_failures(self, report: Report, now: float) -> None:
-        worker = report.worker
-        if self._failures.note_suspects(report, now):
-            for each in self.reports:
-                self._workers.changed(each)
-        wanted, generation = self.assigned.get(worker, {}), self.generations.get(worker, 0)
-        if self._failures.note(report, wanted, generation, now):
-            self._workers.changed(worker)
-
-    def _learn_size(self, report: Report, told: ModelReport) -> None:
-        """What one worker measured holds for others of its kind, also after it is gone."""
-        active = self.active.get(told.model)
-        if active is None or not told.footprint.measured:
-            return
-        kind = report.device_kind
-        if active.known.get(kind) != told.footprint:
-            active.known[kind] = told.footprint
-            self._measured.add(told.model)

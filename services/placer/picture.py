@@ -31,7 +31,8 @@ class Active:
 
     __slots__ = (
         "_estimate", "_known", "_least_copies", "_manifest", "backlog_since", "base", "bound_keys",
-        "declared", "depth", "looked_into", "requests_per_message", "routed_at", "waiting_at",
+        "declared", "depth", "looked_into", "profiled", "requests_per_message", "routed_at",
+        "waiting_at",
     )  # fmt: skip
 
     def __init__(self, manifest: Manifest | None) -> None:
@@ -43,6 +44,8 @@ class Active:
         self._estimate: Footprint | None = None
         self.looked_into = False
         """Whether it was asked."""
+        self.profiled: frozenset[str] = frozenset()
+        """Kinds of device for which the repository was asked what was measured of it."""
         self.depth = 0
         """Requests that wait in its queue, by what its messages hold on average."""
         self.requests_per_message = 1.0

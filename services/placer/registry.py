@@ -14,6 +14,7 @@ from services.placer.activate import Activator
 from services.placer.aliases import AliasKeeper
 from services.placer.core.plan import Retire
 from services.placer.knowledge import Knowledge
+from services.placer.sizes import Sizes
 from shared.aliases import DEFAULT
 from shared.catalog import Catalog
 from shared.errors import Internal, ModelNotFound, Quarantined, RoostError
@@ -38,6 +39,7 @@ class RegistryFollower:
         catalog: Catalog,
         knowledge: Knowledge,
         activator: Activator,
+        sizes: Sizes,
         aliases: AliasKeeper,
         check_s: float,
     ) -> None:
@@ -45,6 +47,7 @@ class RegistryFollower:
         self._catalog = catalog
         self._knowledge = knowledge
         self._activator = activator
+        self._sizes = sizes
         self._aliases = aliases
         self._check_s = check_s
         self._hinted = asyncio.Event()
@@ -87,6 +90,7 @@ class RegistryFollower:
         self._knowledge.bound_tenants(await self._catalog.quotas())
         self.quarantined(len(await self._catalog.quarantined()))
         registered, default_of = await self._all_at_once()
+        kinds = self._knowledge.device_kinds()
         for model in list(self._knowledge.active):
             name, version = split_model_id(model)
             try:
@@ -104,7 +108,7 @@ class RegistryFollower:
             if active is not None and active.manifest is None:
                 active.manifest = manifest
             if active is not None:  # of an earlier placer's, what was not activated here
-                await self._activator.look_into(active)
+                await self._sizes.learn(active, kinds)
             # The cycle moves the key `<name>`: away from the old version's queue first.
             if self._knowledge.defaults.get(name) != default.version:
                 self._knowledge.defaults[name] = default.version

@@ -23,6 +23,7 @@ from services.placer.record import Recorder
 from services.placer.recover import Recovery
 from services.placer.registry import RegistryFollower
 from services.placer.scale import Scale
+from services.placer.sizes import Sizes
 from shared.broker.port import Broker, BrokerUnavailable, Consumer, Delivery, QueueMissing
 from shared.catalog import Catalog
 from shared.errors import ModelNotFound, Unavailable
@@ -77,7 +78,8 @@ class Term:
         self._recorder = None
         if config.record:
             path, limit = Path(config.record), config.record_max_bytes
-            self._recorder = Recorder(path, limit, repository.profile)
+            self._recorder = Recorder(path, limit, repository.profiles.get)
+        self._sizes = Sizes(repository, self.knowledge)
         self._cycle = Cycle(
             store,
             lease,
@@ -85,13 +87,14 @@ class Term:
             self._observer,
             self._applier,
             self._recovery,
+            self._sizes,
             scale,
             metrics,
             config.tick_s,
             self._recorder,
         )
         self._activator = Activator(
-            broker, catalog, repository, self.knowledge, self._applier, metrics, tracing
+            broker, catalog, self._sizes, self.knowledge, self._applier, metrics, tracing
         )
         self._aliases = AliasKeeper(
             store, repository, catalog, self.knowledge, self._activator, self._recovery, lease
@@ -101,6 +104,7 @@ class Term:
             catalog,
             self.knowledge,
             self._activator,
+            self._sizes,
             self._aliases,
             config.registry_check_s,
         )
@@ -226,6 +230,7 @@ class Term:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._activator.close()
+        await self._sizes.close()
         if self._recorder is not None:
             await self._recorder.close()
         if consumer is not None:

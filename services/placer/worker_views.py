@@ -108,6 +108,7 @@ class WorkerViews:
         down_long = self._failures.engine_down_long(worker, now)
         leaving, silent = worker in self._leaving, self._failures.silent(worker)
         reported = self._reported.get(worker, {})
+        failed, suspects = self._failed(worker)
         room = self._rooms.get(worker)
         if room is not None:
             room.follow(reported)  # it tells the same sizes, or the room would be gone
@@ -124,7 +125,8 @@ class WorkerViews:
             assigned=dict(self._assigned.get(worker, {})) if room is None else room.assigned,
             reported=reported,
             shares=self._sharing(worker),
-            failed=self._failed(worker),
+            failed=failed,
+            suspects=suspects,
             labels={"worker": worker, "device_kind": report.device_kind, **report.labels},
             slowness=self._tracker.slowness(worker),
             room=room,
@@ -134,11 +136,13 @@ class WorkerViews:
             seen = msgspec.structs.replace(seen, room=room)
         return seen
 
-    def _failed(self, worker: str) -> dict[ModelId, str]:
-        """What it has not to be given; what it has already it keeps while others suspect it."""
+    def _failed(self, worker: str) -> tuple[dict[ModelId, str], Collection[ModelId]]:
+        """What it has not to be given, and what of that others suspect; what it has already it
+        keeps then."""
         suspected, has = self._failures.suspected(worker), self._assigned.get(worker, {})
+        own = self._failures.of(worker)
         elsewhere = {model: why for model, why in suspected.items() if model not in has}
-        return elsewhere | self._failures.of(worker)
+        return elsewhere | own, elsewhere.keys() - own.keys()
 
     def _sharing(self, worker: str) -> bool:
         """A worker that has models with common parts, and shares none, is not set to share."""

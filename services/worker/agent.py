@@ -327,10 +327,10 @@ class Agent:
         device_kind = self.core.state.device_kind
 
         def fetch() -> tuple[ModelFetched, _File]:
-            manifest = self._repository.manifest(*split_model_id(model))
-            extents = self._repository.local_extents(manifest.digest, self._cache_dir)
-            layout = self._repository.layout(manifest.digest, self._cache_dir)
-            profile = self._repository.profile(model, device_kind)
+            manifest = self._repository.versions.manifest(*split_model_id(model))
+            extents = self._repository.files.extents(manifest.digest, self._cache_dir)
+            layout = self._repository.files.layout(manifest.digest, self._cache_dir)
+            profile = self._repository.profiles.get(model, device_kind)
             held = self._repository.quarantined().get(model)
             reason = None if held is None else held.reason
             return ModelFetched(model, manifest, profile, layout, reason), _File(extents, layout)
@@ -351,7 +351,7 @@ class Agent:
     async def _keep(self, model: ModelId, profile: Profile) -> None:
         profile = msgspec.structs.replace(profile, measured_at=time.time())
         try:
-            await in_thread(lambda: self._repository.put_profile(model, profile), f"keep {model}")
+            await in_thread(lambda: self._repository.profiles.put(model, profile), f"keep {model}")
         except (RoostError, OSError) as error:
             with bound(model=model):
                 log.warning("profile_not_kept", error=str(error))

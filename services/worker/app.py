@@ -30,7 +30,7 @@ from services.worker.report import Reporter
 from services.worker.runtime import Runtime
 from services.worker.spans import Spans
 from services.worker.telling import Teller
-from shared.auth import Gate
+from shared.auth import gate_of
 from shared.broker.port import Broker
 from shared.connect import open_broker, open_store
 from shared.control import Report
@@ -68,13 +68,7 @@ async def run(
     metrics must not be told, for want of API keys.
     """
     repository = Repository(config.repository_url)
-    gate = Gate(
-        repository.keys,
-        config.auth,
-        config.metrics_host,
-        setting="ROOST_WORKER_AUTH",
-        encrypted=config.tls is not None,
-    )
+    gate = gate_of(repository.keys, config, "WORKER", config.metrics_host)
     if config.metrics_port:
         await gate.start()
     worker = config.new_worker_id()

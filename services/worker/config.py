@@ -7,8 +7,8 @@ import socket
 import uuid
 
 from services.worker.confinement import plan
-from shared.auth import AuthMode
-from shared.config import CommonConfig, ConfigError
+from shared.auth import GuardedConfig
+from shared.config import ConfigError
 from shared.units import parse_bytes
 
 _DEVICE = re.compile(r"(auto|cpu|cuda(:[0-9]{1,3})?)\Z")
@@ -18,7 +18,9 @@ _VALUE = re.compile(r"[A-Za-z0-9._:-]{0,128}\Z")
 _OWN_LABELS = ("worker", "host", "device_kind")
 
 
-class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
+class WorkerConfig(GuardedConfig, frozen=True, kw_only=True):
+    """Its callers are those who read metrics, which name the models of all tenants."""
+
     worker_id: str = ""
     """Names the worker in reports and assignments, and must differ between workers. Empty: the
     host's name and something random, new at each start."""
@@ -77,11 +79,6 @@ class WorkerConfig(CommonConfig, frozen=True, kw_only=True):
     """For the broker to confirm a reply; afterwards it is sent again."""
     cache_dir: str = ""
     """Copies of files of a repository that is not a directory. Empty: below `data_dir`."""
-    auth: AuthMode = "auto"
-    """Whether who reads metrics must show an API key with the scope `metrics`, as for the gateway:
-    they name the models of all tenants."""
-    metrics_open: bool = False
-    """Whether metrics are told without a key where keys are asked for."""
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 0
     """Where Prometheus scrapes; 0 is off, since several workers share a machine."""

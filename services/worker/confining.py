@@ -22,8 +22,7 @@ from services.worker.confinement import plan
 from services.worker.confinement.plan import Confinement, Measure
 from services.worker.folders import locked
 from shared.config import ConfigError
-from shared.storage import open_storage
-from shared.storage_local import LocalStorage
+from shared.storage import LocalStorage, open_storage
 
 log = structlog.get_logger(__name__)
 

@@ -47,6 +47,14 @@ def test_a_binary_answer_is_printed_as_json(up, tmp_path):
     ]
 
 
+def test_a_job_prints_what_infer_prints(up):
+    """job submit, then job result: by an id that stands alone on its line."""
+    id_ = up.roost("job", "submit", "doubler", "x=[[1, 2, 3.5]]").stdout.strip()
+    result = json.loads(up.roost("job", "result", id_, "--wait").stdout)
+    assert result == json.loads(up.roost("infer", "doubler", "x=[[1, 2, 3.5]]").stdout)
+    assert "state: succeeded" in up.roost("job", "show", id_).stdout
+
+
 def test_ls_says_where_a_model_is(up):
     """ls names the model, and that a worker has it on its device once it was asked."""
     up.roost("infer", "doubler", "x=[[1]]")

@@ -231,7 +231,7 @@ async def _twice(folder: Path) -> None:
         spec = ModelSpec(
             inputs=inputs, outputs=(TensorSpec("y", "FP32", (WIDTH,)),), max_batch_size=1
         )
-        digest, _ = stack.repository.put_blob([file.read_bytes()])
+        digest, _ = stack.repository.files.put([file.read_bytes()])
         await asyncio.to_thread(stack.repository.register, "endless", 1, spec, digest)
         broker = await stack.producer()
         reply_to = f"{REPLY_QUEUE_PREFIX}{uuid.uuid4().hex}"

@@ -17,6 +17,8 @@ from uvicorn.server import ServerState
 from roost import deadletters
 from services.gateway.asked import Tenants
 from services.gateway.body import decompressed
+from services.gateway.core.jobkeys import KEY_CHARS, key_name, parse_key
+from services.gateway.core.jobs import check_id
 from services.gateway.encoding import wanted_coding
 from services.gateway.http import _infer_target
 from services.gateway.httpinfer import _remaining_s
@@ -24,13 +26,15 @@ from services.gateway.spans import trace_of
 from services.placer.replies import deadline_ms, forwarded
 from services.worker.consume import Pack
 from services.worker.items import Items
-from shared import http, packs
+from shared import packs
 from shared.broker.consumer import decode_message
 from shared.broker.encode import publish_frames
 from shared.broker.frames import MalformedHeader, decode
 from shared.broker.messages import dead_letter
 from shared.broker.port import Message
 from shared.errors import RoostError
+from shared.http.crowd import Crowd
+from shared.http.protocol import Config, HttpProtocol
 from shared.models import ModelSpec, Padding, TensorSpec
 from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId
 from shared.nvmetrics import encoder
@@ -152,7 +156,9 @@ def _run(awaitable: Any) -> Any:
     b"gzip;q=1, identity", b"text/plain;version=1.0.0;escaping=allow-utf-8;q=0.5,*/*;q=0.1",
     b"application/openmetrics-text; version=1.0.0", b"1700000000000", b"tenant",
     b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01", b"/v2/models/m%2f/versions/1/infer",
-    words=(b";q=", b",", b"%2f", b"%ff", b"/versions/", b"/infer", b"escaping=", b"version="),
+    b'"8e03978e-40d5-43dd-bc93-6894a57f9324"', b'"a\\"b\\\\"',
+    words=(b";q=", b",", b"%2f", b"%ff", b"/versions/", b"/infer", b"escaping=", b"version=",
+           b'"', b"\\", b'\\"'),
 )  # fmt: skip
 def http_headers(data: bytes) -> None:
     """Values of headers that are looked into, and paths."""
@@ -165,9 +171,19 @@ def http_headers(data: bytes) -> None:
     for read in (
         lambda: _remaining_s({b"roost-deadline-ms": data}),
         lambda: Tenants("x-tenant").of({b"x-tenant": data}),
+        lambda: _a_key(data.decode("latin-1")),
     ):
         with contextlib.suppress(RoostError):
             read()
+
+
+def _a_key(text: str) -> None:
+    """What is taken for a key is one, and the same when it is sent in quotes."""
+    key = parse_key(text)
+    assert 1 <= len(key) <= KEY_CHARS
+    assert all("!" <= char <= "~" for char in key)
+    assert parse_key('"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"') == key
+    check_id(key_name("m", None, "", key))
 
 
 class _Transport:
@@ -220,14 +236,14 @@ def http_stream(data: bytes) -> None:
 
 
 async def _connection(data: bytes) -> None:
-    config = http._Config(
-        _app, crowd=http._Crowd(2), leaving=asyncio.Event(), max_requests=2,
-        http=http._Protocol, ws="none",
+    config = Config(
+        _app, crowd=Crowd(2), leaving=asyncio.Event(), max_requests=2,
+        http=HttpProtocol, ws="none",
         lifespan="off", access_log=False, log_config=None, log_level="error",
     )  # fmt: skip
     config.load()
     state = ServerState()
-    protocol = http._Protocol(config, server_state=state, app_state={})
+    protocol = HttpProtocol(config, server_state=state, app_state={})
     transport = _Transport()
     protocol.connection_made(cast("Any", transport))
     middle = len(data) // 2

@@ -27,6 +27,7 @@ from services.worker.core.events import (
     ModelFetched,
     StartConsumer,
 )
+from services.worker.core.laws import check
 from services.worker.core.worker import WorkerCore
 from services.worker.metrics import Metrics
 from services.worker.reply import Replier
@@ -118,7 +119,10 @@ class _Reporter:
 
 
 class _Repository:
-    def put_profile(self, _: ModelId, profile: Any) -> None:
+    def __init__(self) -> None:
+        self.profiles = self
+
+    def put(self, _: ModelId, profile: Any) -> None:
         msgspec.json.decode(msgspec.json.encode(profile), type=type(profile))
 
 
@@ -132,7 +136,7 @@ class _Agent(Agent):
         self.tell(ModelFetched(model, manifest))
 
     async def _keep(self, model: ModelId, profile: Any) -> None:
-        self._repository.put_profile(model, profile)
+        self._repository.profiles.put(model, profile)
 
 
 class _File:
@@ -226,7 +230,7 @@ async def _play(data: bytes) -> None:
             assert not task.done(), task.exception()
         # Not all of `core.validate()`: an engine may disown a model of which it still runs a batch.
         core = agent.core
-        core.state.validate()
+        check(core.state)
         core.subscriptions.validate()
         core._held.validate(core.dispatch.places())
         report = worker.teller.report()

@@ -15,7 +15,8 @@ from typing import Any, cast
 import msgspec
 
 from services.gateway.aliases import decode_wish, parse_revision, parse_wait
-from services.gateway.core.jobs import decode_ended, decode_job, decode_note
+from services.gateway.core.jobkeys import decode_claim
+from services.gateway.core.jobs import JobNotFound, decode_ended, decode_job, decode_note
 from services.gateway.jobs.files import Broken
 from services.gateway.overrides import check_unload, decode_load
 from services.gateway.registry import decode_registration
@@ -48,7 +49,7 @@ from shared.recipes import (
     write_recipe,
 )
 from shared.repository import Repository
-from shared.storage_local import LocalStorage
+from shared.storage import LocalStorage
 from shared.tenants import Quota, Tenants
 from shared.tombstones import Tombstones
 from shared.traces import Counts, Header, TracedModel, member, read_trace
@@ -315,7 +316,7 @@ def documents(data: bytes) -> None:
         journal.close()
         for path in (root / "models/m/1/profiles").iterdir():
             path.rename(root / _profile_path())
-        Repository(folder).profile(ModelId("m/1"), "cpu")
+        Repository(folder).profiles.get(ModelId("m/1"), "cpu")
 
 
 class _OneKey:
@@ -323,7 +324,7 @@ class _OneKey:
         return Table({_KEY.id: _KEY}, some=True)
 
 
-_GATE = Gate(cast("Any", _OneKey()), "required", "0.0.0.0", clock=lambda: 0.0)
+_GATE = Gate(cast("Any", _OneKey()), "required", "0.0.0.0", setting="AUTH", clock=lambda: 0.0)
 _GATE.look()
 
 
@@ -343,7 +344,7 @@ def authorization(data: bytes) -> None:
 
 
 def _profile_path() -> str:
-    from shared.manifests import profile_path
+    from shared.profiles import profile_path
 
     return profile_path(ModelId("m/1"), "cpu")
 
@@ -355,11 +356,15 @@ def _memory() -> str | None:
 _HEAD = msgspec.json.encode({"id": "a" * 32, "model": "m/1"})
 
 
-@target(len(_HEAD).to_bytes(4, "big") + _HEAD + b"body", b'{"id":"' + b"a" * 32 + b'"}')
+@target(
+    len(_HEAD).to_bytes(4, "big") + _HEAD + b"body",
+    b'{"id":"' + b"a" * 32 + b'"}',
+    b'{"id":"' + b"1" * 32 + b'","fingerprint":"f"}',
+)
 def jobs(data: bytes) -> None:
-    """A job's files and the notes in its queue."""
-    for decode in (decode_job, decode_ended):
-        with contextlib.suppress(ValueError):
+    """A job's files, its key's, and the notes in its queue."""
+    for decode in (decode_job, decode_ended, decode_claim):
+        with contextlib.suppress(ValueError, JobNotFound):
             decode(data)
     with contextlib.suppress(RoostError, Broken):
         decode_note(data)

@@ -117,7 +117,7 @@ def register(root: Path, name: str, data: bytes | torch.nn.Module, **changes: ob
         path.unlink()
     repository = Repository(str(root / "repository"))
     spec = ModelSpec(inputs=SPEC.inputs, **{"max_batch_size": 4, **changes})  # type: ignore[arg-type]
-    repository.register(name, 1, spec, repository.put_blob([data])[0])
+    repository.register(name, 1, spec, repository.files.put([data])[0])
 
 
 async def ask(

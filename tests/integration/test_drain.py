@@ -100,7 +100,7 @@ class Place:
         if swappable:  # of a kind that a worker keeps in the host's memory too
             content = weights(w=np.full(256, len(self.names), np.float32).tobytes())
         self.names.append(name)
-        digest, _ = self.repository.put_blob([content])
+        digest, _ = self.repository.files.put([content])
         return self.repository.register(name, 1, SPEC, digest).id
 
     def begin(self, work, stop: asyncio.Event) -> Service:

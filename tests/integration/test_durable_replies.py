@@ -40,7 +40,7 @@ async def test_answers_to_persistent_requests_are_there_after_a_crash(tmp_path, 
     are those to persistent requests; those to transient ones were never promised more. (Requests
     may be there again as well: what it had not written of acknowledgements is forgotten.)"""
     repository = Repository(str(tmp_path / "repository"))
-    digest, _ = repository.put_blob([torchscript(b"echo" * 16)])
+    digest, _ = repository.files.put([torchscript(b"echo" * 16)])
     model = repository.register("echo", 1, SPEC, digest).id
     state, stop, ready = MemoryState(), asyncio.Event(), asyncio.Event()
     config = WorkerConfig(

@@ -119,7 +119,7 @@ def register(rig: Rig, name: str, size: int = 1000) -> ModelId:
             zipped.writestr(f"m/{part}", b"1")
         zipped.writestr("m/data/0", bytes(size))
     repository = Repository(str(rig.root))
-    digest, _ = repository.put_blob([file.getvalue()])
+    digest, _ = repository.files.put([file.getvalue()])
     return repository.register(name, 1, SPEC, digest).id
 
 

@@ -512,4 +512,4 @@ async def test_tritonclient_works_unmodified(memory_rig):
 
 
 def config_size(rig) -> int:
-    return rig.repository.manifest("adder").size_bytes
+    return rig.repository.versions.manifest("adder").size_bytes

@@ -155,7 +155,7 @@ async def test_load_and_unload(rig):
             client.load_model("absent")
 
     await with_client(rig, use)
-    assert rig.repository.manifest("made", 2).max_batch_size == 8
+    assert rig.repository.versions.manifest("made", 2).max_batch_size == 8
     assert await rig.metric("roost_gateway_held_bytes") == 0
 
 

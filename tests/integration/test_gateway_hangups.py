@@ -221,7 +221,7 @@ async def test_without_a_store_a_hangup_is_still_noticed(rig):
 async def test_answers_that_are_not_read_count_as_memory(tmp_path, monkeypatch):
     """While slow readers hold too much, new requests are told to come later; they hold it for
     a bounded time."""
-    monkeypatch.setattr("shared.http.SEND_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("shared.http.protocol.SEND_TIMEOUT_S", 3.0)
     async with running(tmp_path, inflight_bytes_limit=12_000_000) as rig:
         spec = ModelSpec(inputs=(TensorSpec("x", "UINT8", (-1,)),))
         rig.worker.script = echo

@@ -117,7 +117,11 @@ async def test_a_job_is_accepted_run_and_fetched(rig):
         assert result.headers[name] == direct.headers[name]
     assert files(rig) == {f"{job['id']}.ended"}
     assert await rig.metric('roost_gateway_jobs_total{state="queued"}') == 1
-    assert await rig.metric('roost_gateway_jobs_total{state="succeeded"}') == 1
+
+    async def counted() -> bool:
+        return await rig.metric('roost_gateway_jobs_total{state="succeeded"}') == 1
+
+    await until(counted)  # which is after the file has been written
     assert (await rig.http.delete(answer.headers["location"])).status_code == 204
     assert (await rig.http.get(answer.headers["location"])).status_code == 404
     assert (await rig.http.get(told["result"])).status_code == 404

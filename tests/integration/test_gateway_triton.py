@@ -288,9 +288,9 @@ async def test_load_registers_what_it_brings_along(rig):
         assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}]
 
     await with_client(rig, load)
-    manifest = rig.repository.manifest("made", 2)
+    manifest = rig.repository.versions.manifest("made", 2)
     assert (manifest.max_queue_delay_us, manifest.max_batch_size) == (200, 8)
-    path = rig.repository.local_path(manifest.digest, str(rig.root / "cache"))
+    path = rig.repository.files.path(manifest.digest, str(rig.root / "cache"))
     assert await asyncio.to_thread(Path(path).read_bytes) == files["file:2/model.pt"]
 
 
@@ -310,7 +310,7 @@ async def test_load_with_a_configuration_alone(rig):
         assert client.get_model_metadata("tuned")["versions"] == ["1", "2"]
 
     await with_client(rig, use)
-    old, new = (rig.repository.manifest("tuned", number) for number in (1, 2))
+    old, new = (rig.repository.versions.manifest("tuned", number) for number in (1, 2))
     assert (new.max_batch_size, new.target_ms, new.parameters) == (4, 7.0, {"n": 3, "s": "x"})
     assert new.digest == old.digest
 
@@ -367,7 +367,7 @@ async def test_loads_that_cannot_be(rig, parameters, status, word):
     """What is wrong is said, and nothing is registered."""
     answer = await rig.http.post("/v2/repository/models/made/load", json={"parameters": parameters})
     assert (answer.status_code, word in answer.json()["error"]) == (status, True), answer.text
-    assert rig.repository.versions("made") == []
+    assert rig.repository.versions.numbers("made") == []
     assert await rig.metric("roost_gateway_held_bytes") == 0
 
 

@@ -32,7 +32,7 @@ class Fleet:
         self.redis = RedisNode(folder / "redis")
         self.root = str(folder / "repository")
         repository = Repository(self.root)
-        digest, _ = repository.put_blob([torchscript(b"adder" * 16)])
+        digest, _ = repository.files.put([torchscript(b"adder" * 16)])
         self.model = repository.register("adder", None, SPEC, digest).id
 
     @contextlib.asynccontextmanager
@@ -96,7 +96,8 @@ def body(number: int) -> bytes:
 
 
 async def submit(http: httpx.AsyncClient, number: int) -> str:
-    answer = await http.post("/v2/models/adder/jobs", content=body(number))
+    headers = {"Idempotency-Key": f"job-{number}"}
+    answer = await http.post("/v2/models/adder/jobs", content=body(number), headers=headers)
     assert answer.status_code == 202, answer.text
     return answer.json()["id"]
 
@@ -150,7 +151,8 @@ async def test_jobs_go_on_after_the_broker_was_killed(fleet):
 
 
 async def test_results_survive_a_restart_of_everything(fleet):
-    """What was answered before can be fetched after, from a gateway that never saw it run."""
+    """What was answered before can be fetched after, from a gateway that never saw it run; and who
+    submits it again is told so. No worker is there."""
     async with fleet.gateway() as http, fleet.worker():
         jobs = [await submit(http, number) for number in range(3)]
         await check_all(http, jobs)
@@ -160,3 +162,4 @@ async def test_results_survive_a_restart_of_everything(fleet):
     await asyncio.to_thread(fleet.redis.start)
     async with fleet.gateway() as http:
         await check_all(http, jobs)
+        assert [await submit(http, number) for number in range(3)] == jobs

@@ -29,7 +29,7 @@ from services.placer.config import PlacerConfig
 from services.placer.http import PlacerHttp
 from services.worker.http import Door, Readiness, serving
 from shared import logs
-from shared.auth import Gate
+from shared.auth import GuardedConfig, gate_of
 from shared.broker.memory import MemoryBroker, MemoryExchange
 from shared.config import ConfigError
 from shared.errors import (
@@ -252,7 +252,7 @@ async def test_every_method_of_grpc_asks_for_a_key_but_the_stated_ones(tmp_path,
 async def test_the_worker_tells_its_metrics_to_keys_only(tmp_path, tokens):
     """Whether it is ready, is told to everybody."""
     repository = Repository(str(tmp_path / "repository"))
-    gate = Gate(repository.keys, "auto", "127.0.0.1")
+    gate = gate_of(repository.keys, GuardedConfig(), "WORKER", "127.0.0.1")
     registry = CollectorRegistry()
     readiness = Readiness(MemoryBroker(MemoryExchange(), "worker"), 3.0)
 
@@ -439,7 +439,7 @@ async def test_another_tenants_model_is_answered_as_one_that_is_not_there(tmp_pa
             call = channel.unary_unary("/inference.GRPCInferenceService/RepositoryIndex")
             assert b"theirs" not in await call(b"", metadata=tuple(headers.items()))
         # Nothing of that has changed anything; and whoever may see all, sees it.
-        assert rig.repository.versions("theirs") == [1]
+        assert rig.repository.versions.numbers("theirs") == [1]
         for token in (tokens["infer"], tokens["admin"]):
             answer = await rig.http.get("/v2/models/theirs", headers=bearer(token))
             assert answer.status_code == 200
@@ -479,7 +479,7 @@ async def test_a_name_belongs_to_who_registered_it(tmp_path, tokens):
             await clients["push"].remove("mine")
         await clients["acme"].remove("mine", 1)
         await clients["admin"].remove("mine")
-        assert rig.repository.owner("mine") is None
+        assert rig.repository.versions.owner("mine") is None
         # Numbers are never used again, and do not come back as somebody else's.
         assert (await clients["other"].push("mine", first)).version == 3
 
@@ -487,7 +487,7 @@ async def test_a_name_belongs_to_who_registered_it(tmp_path, tokens):
 async def test_two_tenants_cannot_get_one_name_between_them(tmp_path):
     """Who loses a race withdraws; afterwards the name is one tenant's, or nobody has it."""
     repository = Repository(str(tmp_path / "repository"))
-    digest, _ = repository.put_blob([torchscript(b"same" * 16)])
+    digest, _ = repository.files.put([torchscript(b"same" * 16)])
 
     def register(tenant, version):
         try:
@@ -503,7 +503,10 @@ async def test_two_tenants_cannot_get_one_name_between_them(tmp_path):
                 for tenant, version in (("a", None), ("b", None))
             )
         )
-        owners = {repository.manifest("both", v).tenant for v in repository.versions("both")}
+        owners = {
+            repository.versions.manifest("both", v).tenant
+            for v in repository.versions.numbers("both")
+        }
         assert len(owners) <= 1
         assert sum(results) == len(owners)
         if owners:
@@ -537,7 +540,7 @@ async def test_a_job_runs_as_its_tenant(tmp_path, tokens):
             accepted = await rig.http.post(path, json=JSON_BODY, headers=mine)
             jobs[name] = accepted.headers["location"]
         rig.repository.remove("once")
-        digest, _ = rig.repository.put_blob([torchscript(b"theirs" * 16)])
+        digest, _ = rig.repository.files.put([torchscript(b"theirs" * 16)])
         rig.repository.register("once", None, SPEC, digest, "other")
         async with another_gateway(rig) as http:  # which runs jobs
 
@@ -556,7 +559,7 @@ async def test_a_job_runs_as_its_tenant(tmp_path, tokens):
 async def test_the_header_of_a_proxy_counts_only_with_a_key_of_nobody(tmp_path, tokens):
     """With it the caller is that tenant, and confined as one; a tenant's key is its own."""
     async with running(tmp_path, tenant_header="x-tenant") as rig:
-        digest, _ = rig.repository.put_blob([torchscript(b"acmes" * 16)])
+        digest, _ = rig.repository.files.put([torchscript(b"acmes" * 16)])
         rig.repository.register("acmes", None, SPEC, digest, "acme")
 
         async def status(token, tenant=None):

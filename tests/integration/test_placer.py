@@ -14,7 +14,9 @@ from services.placer.core.policy import Policy
 from shared import names
 from shared.broker.memory import MemoryBroker
 from shared.connect import open_broker, open_store
+from shared.models import Profile
 from shared.names import ModelId, model_queue
+from shared.repository import Repository
 from shared.store.memory import MemoryStore
 from shared.store.port import TOPIC_REGISTRY, StoreUnavailable
 from tests.placer_rig import MB, FakeWorker, Rig, memory_rig, until
@@ -145,6 +147,24 @@ async def test_a_model_larger_than_every_worker_is_refused_with_numbers(rig):
     metrics = (await placer.get("/metrics")).text
     assert 'roost_placer_refusals_total{reason="too_large"} 1.0' in metrics
     await rig.gone(model_queue(ModelId("huge/1")))
+
+
+async def test_what_was_measured_counts_for_the_first_worker_as_well(rig):
+    """A model that waited for it is not judged by its file alone, which is small here."""
+    model = rig.register("bert", size=1)
+    profile = Profile(device_kind="cpu", weights_bytes=100 * MB)
+    Repository(str(rig.root)).profiles.put(model, profile)
+    placer = await rig.start_placer()
+    request = await rig.send("bert")
+    end = time.monotonic() + 10
+    while not (await placer.get("/fleet")).json()["active_models"]:
+        assert time.monotonic() < end, "it is known that somebody asks"
+        await asyncio.sleep(0.01)
+    worker = await rig.start_worker("w1", models=10)
+    reply = await rig.reply(request)
+    assert reply.headers[names.HEADER_CODE] == "unavailable"
+    assert b"104,857,600 bytes, 10,485,760 are free" in reply.body
+    assert not any(given.models for given in worker.assignments)
 
 
 async def test_a_full_queue_is_said_to_be(rig):

@@ -1,6 +1,6 @@
 """Clients that take their time, on purpose: on the real ports of a gateway and a placer.
 
-What shared/http.py does of itself is tested in tests/unit/test_http.py, the worker's port in
+What shared/http/ does of itself is tested in tests/unit/http/, the worker's port in
 tests/unit/worker/test_http.py."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from services.gateway.grpc import inference_pb2 as pb
 from services.gateway.grpc import server
-from shared import http
+from shared.http import protocol
 from tests.gateway_rig import running
 
 DEADLINE_S = 30.0
@@ -83,7 +83,7 @@ async def test_huge_grpc_metadata_are_refused_unread(tmp_path):
 
 async def test_a_gateway_cuts_off_heads_that_drip_and_heads_without_end(tmp_path, monkeypatch):
     """And serves others meanwhile."""
-    monkeypatch.setattr(http, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.3)
     async with running(tmp_path) as rig:
         async with connected(rig.port, b"GET /v2 HTTP/1.1\r\nX: ") as slow:
             assert (await rig.infer()).status_code == 200

@@ -79,7 +79,7 @@ def register(rig: Rig, name: str, tenant: str) -> ModelId:
     profile = Profile(
         device_kind=DEVICE_KIND, weights_bytes=MB, cases=table.measured(), load_seconds=0.02
     )
-    repository.put_profile(model, profile)
+    repository.profiles.put(model, profile)
     return model
 
 

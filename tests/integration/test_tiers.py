@@ -56,7 +56,7 @@ def register(root: Path, name: str, net: Net) -> None:
     path = root / f"{name}.pt"
     torch.jit.script(net).save(str(path))
     repository = Repository(str(root / "repository"))
-    repository.register(name, 1, SPEC, repository.put_blob([path.read_bytes()])[0])
+    repository.register(name, 1, SPEC, repository.files.put([path.read_bytes()])[0])
 
 
 @asynccontextmanager

@@ -92,7 +92,7 @@ class Stage:
         self._generation = 0
 
     def register(self, name: str, spec: ModelSpec = SPEC, padding: int = 1000) -> ModelId:
-        digest, _ = self.repository.put_blob([archive(padding)])
+        digest, _ = self.repository.files.put([archive(padding)])
         return self.repository.register(name, 1, spec, digest).id
 
     async def assign(self, *models: ModelId, fence: int = 1, generation: int | None = None) -> None:
@@ -419,7 +419,7 @@ async def test_a_model_that_kills_engines_as_it_loads_is_kept_from_them(tmp_path
 async def test_a_model_that_ended_whole_workers_is_known(tmp_path, deaths):
     """Agents that died together with their engines as they loaded it left word: after one the model
     is tried once more, after two it is kept from all engines."""
-    digest, _ = Repository(str(tmp_path / "repository")).put_blob([archive(1000)])
+    digest, _ = Repository(str(tmp_path / "repository")).files.put([archive(1000)])
     for _ in range(deaths):
         journal = Journal(str(tmp_path))
         journal.open()
@@ -537,8 +537,8 @@ async def test_what_was_measured_is_kept_for_the_next_worker(tmp_path):
     async with working(tmp_path) as stage:
         model = stage.register("echo")
         await stage.bound(model)
-        await until(lambda: stage.repository.profile(model, "fake"))
-        profile = stage.repository.profile(model, "fake")
+        await until(lambda: stage.repository.profiles.get(model, "fake"))
+        profile = stage.repository.profiles.get(model, "fake")
         assert profile is not None
         assert profile.weights_bytes == stage.model(model).footprint.weights_bytes
         assert profile.measured_at > 0
@@ -667,7 +667,7 @@ async def test_readiness_is_told_over_http(tmp_path):
 async def test_rabbitmq_and_redis_do_as_well_as_their_twins(tmp_path, amqp_url, redis_url):
     """The same worker over the real broker and the real store, to its orderly end."""
     repository = Repository(str(tmp_path / "repository"))
-    digest, _ = repository.put_blob([archive(100)])
+    digest, _ = repository.files.put([archive(100)])
     model = repository.register("echo", 1, SPEC, digest).id
     stop, ready, engine = asyncio.Event(), asyncio.Event(), FakeEngine()
     config = WorkerConfig(
@@ -723,7 +723,7 @@ async def test_the_real_engine_serves_dies_and_serves_again(tmp_path):
     module.save(tmp_path / "linear.pt")
     weight = next(module.parameters()).detach().numpy()
     async with working(tmp_path, 1 << 28, real=True) as stage:
-        digest, _ = stage.repository.put_blob([(tmp_path / "linear.pt").read_bytes()])
+        digest, _ = stage.repository.files.put([(tmp_path / "linear.pt").read_bytes()])
         model = stage.repository.register("linear", 1, SPEC, digest).id
         await stage.bound(model)
         assert stage.model(model).footprint.measured

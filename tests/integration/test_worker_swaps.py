@@ -16,7 +16,7 @@ from tests.torchscript_files import weights
 
 def register(stage: Stage, name: str, floats: int = 256) -> ModelId:
     content = np.full(floats, hash(name) % 1000, np.float32).tobytes()
-    digest, _ = stage.repository.put_blob([weights(w=content)])
+    digest, _ = stage.repository.files.put([weights(w=content)])
     return stage.repository.register(name, 1, SPEC, digest).id
 
 
@@ -110,7 +110,7 @@ async def test_the_real_engine_swaps_and_gives_the_right_answers(tmp_path):
         for n in range(8):
             net = Net(n).eval()
             torch.jit.script(net).save(tmp_path / "net.pt")
-            digest, _ = stage.repository.put_blob([(tmp_path / "net.pt").read_bytes()])
+            digest, _ = stage.repository.files.put([(tmp_path / "net.pt").read_bytes()])
             models.append(stage.repository.register(f"net{n}", 1, SPEC, digest).id)
             nets.append(net)
         await stage.bound(*models)

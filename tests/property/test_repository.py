@@ -72,7 +72,7 @@ class RepositoryMachine(RuleBasedStateMachine):
 
     @rule(name=names, version=st.none() | versions, weights=versions, target_ms=versions)
     def register(self, name, version, weights, target_ms):
-        digest, _ = self.repository.put_blob([FILES[weights]])
+        digest, _ = self.repository.files.put([FILES[weights]])
         spec = ModelSpec(target_ms=float(target_ms))
         content = (digest, float(target_ms))
         newest = max((v for n, v in self.expected if n == name), default=0)
@@ -111,16 +111,21 @@ class RepositoryMachine(RuleBasedStateMachine):
             digest = digest_of(FILES[weights])
             if digest in used:
                 with tempfile.TemporaryDirectory() as cache:
-                    path = self.repository.local_path(digest, cache)
+                    path = self.repository.files.path(digest, cache)
                     assert Path(path).read_bytes() == FILES[weights]
 
     @invariant()
     def holds_what_it_should(self):
-        listed = {(m.name, m.version): (m.digest, m.target_ms) for m in self.repository.manifests()}
+        listed = {
+            (m.name, m.version): (m.digest, m.target_ms)
+            for m in self.repository.versions.manifests()
+        }
         assert listed == self.expected
-        assert list(self.repository.names()) == sorted({name for name, _ in listed})
+        assert list(self.repository.versions.names()) == sorted({name for name, _ in listed})
         for name in ("a", "b.c"):
-            assert self.repository.versions(name) == sorted(v for n, v in listed if n == name)
+            assert self.repository.versions.numbers(name) == sorted(
+                v for n, v in listed if n == name
+            )
 
 
 def digest_of(data: bytes) -> str:

@@ -41,7 +41,7 @@ def repository(tmp_path):
     """With versions 1, 2 and 3 of the model `m`."""
     made = Repository(str(tmp_path))
     for number in (1, 2, 3):
-        digest, _ = made.put_blob([torchscript(b"%d" % number * 8)])
+        digest, _ = made.files.put([torchscript(b"%d" % number * 8)])
         made.register("m", None, ModelSpec(), digest)
     return made
 
@@ -242,7 +242,7 @@ def test_a_version_that_an_alias_uses_stays(repository):
         with pytest.raises(Conflict, match="alias 'prod'"):
             repository.remove("m", version)
     repository.remove("m", 3)
-    assert repository.versions("m") == [1, 2]
+    assert repository.versions.numbers("m") == [1, 2]
 
 
 def test_a_removed_model_takes_its_aliases_along(repository):

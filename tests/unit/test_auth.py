@@ -5,11 +5,23 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.auth import ANYBODY, BELIEVED_S, LOOK_AGAIN_S, Gate, challenge, is_loopback
-from shared.config import ConfigError
+from services.gateway.config import GatewayConfig
+from services.placer.config import PlacerConfig
+from services.worker.config import WorkerConfig
+from shared.auth import (
+    ANYBODY,
+    BELIEVED_S,
+    LOOK_AGAIN_S,
+    Gate,
+    challenge,
+    gate_of,
+    is_loopback,
+)
+from shared.config import ConfigError, load
 from shared.errors import (
     InvalidRequest,
     PermissionDenied,
@@ -18,6 +30,8 @@ from shared.errors import (
 )
 from shared.keys import Keys, new_key
 from shared.storage import open_storage
+
+SETTING = "ROOST_X_AUTH"
 
 
 class Clock:
@@ -54,9 +68,9 @@ def made(keys, *arguments, **options) -> bytes:
     return f"Bearer {token}".encode()
 
 
-async def gate_of(keys, mode="auto", host="127.0.0.1", clock=None, **options) -> Gate:
+async def started(keys, mode="auto", host="127.0.0.1", clock=None, **options) -> Gate:
     clock = clock or Clock()
-    gate = Gate(keys, mode, host, clock=clock, **options)
+    gate = Gate(keys, mode, host, setting=SETTING, clock=clock, **options)
     await gate.start()
     return gate
 
@@ -87,7 +101,7 @@ def test_which_addresses_only_this_machine_reaches(host, loops):
 
 async def test_loopback_is_open_until_there_is_a_key(keys):
     """And from then on it is not, within one look, whatever is revoked."""
-    gate = await gate_of(keys)
+    gate = await started(keys)
     assert await gate.caller(None, "admin") is ANYBODY
     bearer = made(keys, "", ("admin",))
     gate.look()
@@ -104,7 +118,7 @@ async def test_loopback_is_open_until_there_is_a_key(keys):
 async def test_revoking_all_keys_does_not_open_a_service_that_starts_afterwards(keys):
     """What is left of them says that keys were wanted."""
     keys.revoke(made(keys).split(b"_")[1].decode())
-    gate = await gate_of(keys)
+    gate = await started(keys)
     with pytest.raises(Unauthenticated):
         await gate.caller(None, "read")
 
@@ -113,19 +127,48 @@ async def test_revoking_all_keys_does_not_open_a_service_that_starts_afterwards(
 async def test_beyond_loopback_nothing_starts_without_a_key(keys, host):
     """One line says what to do about it; a key, or `off`, or `required` is enough."""
     with pytest.raises(ConfigError, match=r"roost key create.*ROOST_X_AUTH=off") as caught:
-        await gate_of(keys, host=host, setting="ROOST_X_AUTH")
+        await started(keys, host=host)
     assert "\n" not in str(caught.value)
-    assert await (await gate_of(keys, "off", host)).caller(None, "admin") is ANYBODY
+    assert await (await started(keys, "off", host)).caller(None, "admin") is ANYBODY
     with pytest.raises(Unauthenticated):
-        await (await gate_of(keys, "required", host)).caller(None, "read")
+        await (await started(keys, "required", host)).caller(None, "read")
     made(keys)
     with pytest.raises(Unauthenticated):
-        await (await gate_of(keys, host=host)).caller(None, "read")
+        await (await started(keys, host=host)).caller(None, "read")
+
+
+@pytest.mark.parametrize(
+    ("cls", "service"),
+    [(GatewayConfig, "GATEWAY"), (PlacerConfig, "PLACER"), (WorkerConfig, "WORKER")],
+)
+async def test_each_service_s_gate_follows_settings_of_its_own(keys, cls, service):
+    """The one line names the variable that this service reads."""
+
+    def of(**settings):
+        environ = {f"ROOST_{service}_{name}": value for name, value in settings.items()}
+        config = load(cls, service, environ)
+        return gate_of(keys, config, service, "0.0.0.0"), config.metrics_need
+
+    gate, need = of()
+    assert need == "metrics"
+    with pytest.raises(ConfigError, match=f"set ROOST_{service}_AUTH=off"):
+        await gate.start()
+    gate, need = of(AUTH="required", METRICS_OPEN="true")
+    assert need == "open"
+    with structlog.testing.capture_logs() as lines:
+        await gate.start()
+    assert [line["event"] for line in lines] == ["keys_without_tls"]
+    assert gate.required
+    gate, _ = of(AUTH="off")
+    with structlog.testing.capture_logs() as lines:
+        await gate.start()
+    assert [line["setting"] for line in lines] == [f"ROOST_{service}_AUTH"]
+    assert not gate.required
 
 
 async def test_required_asks_on_loopback_before_there_is_a_key(keys):
     """Then nobody gets in."""
-    gate = await gate_of(keys, "required")
+    gate = await started(keys, "required")
     with pytest.raises(Unauthenticated):
         await gate.caller(None, "read")
 
@@ -133,7 +176,7 @@ async def test_required_asks_on_loopback_before_there_is_a_key(keys):
 async def test_a_registry_that_is_away_at_the_start_lets_nobody_in(keys):
     """Not on loopback either: nobody knows whether there are keys."""
     keys.away = True
-    gate = await gate_of(keys)
+    gate = await started(keys)
     with pytest.raises(Unauthenticated):
         await gate.caller(None, "read")
     with pytest.raises(Unavailable):
@@ -148,7 +191,7 @@ async def test_known_keys_are_believed_for_a_while_without_the_registry(keys):
     """Unknown ones may be right: 503, not 401. After the while so are all."""
     clock = Clock()
     bearer = made(keys)
-    gate = await gate_of(keys, clock=clock)
+    gate = await started(keys, clock=clock)
     keys.away = True
     clock.now += BELIEVED_S - 1
     later = made(keys)
@@ -169,7 +212,7 @@ async def test_a_new_key_works_at_once_and_guessing_costs_few_looks(keys):
     """An unknown key is looked for, but not again and again."""
     clock = Clock()
     made(keys)
-    gate = await gate_of(keys, clock=clock)
+    gate = await started(keys, clock=clock)
     clock.now += LOOK_AGAIN_S
     assert (await gate.caller(made(keys), "infer")).key
     clock.now += LOOK_AGAIN_S
@@ -185,7 +228,7 @@ async def test_a_new_key_works_at_once_and_guessing_costs_few_looks(keys):
 async def test_only_the_whole_secret_of_the_right_key_counts(keys):
     """Neither another key's, nor a part, nor more."""
     one, other = made(keys), made(keys)
-    gate = await gate_of(keys)
+    gate = await started(keys)
     head, _, secret = one.rpartition(b"_")
     wrong = [
         head + b"_" + other.rpartition(b"_")[2],
@@ -219,7 +262,7 @@ async def test_only_the_whole_secret_of_the_right_key_counts(keys):
 async def test_what_each_scope_allows(keys, scopes, allowed):
     """`admin` all; the others what they say."""
     bearer = made(keys, "", scopes)
-    gate = await gate_of(keys)
+    gate = await started(keys)
     for need in ("open", "read", "infer", "push", "metrics", "admin"):
         if need in allowed:
             assert await gate.caller(bearer, need)
@@ -233,7 +276,7 @@ async def test_expired_and_revoked_keys_are_told_so(keys):
     clock, wall = Clock(), Clock()
     bearer = made(keys, lifetime_s=10.0)
     expires = next(iter(keys.look().keys.values())).expires
-    gate = await gate_of(keys, clock=clock, wall=wall)
+    gate = await started(keys, clock=clock, wall=wall)
     wall.now = expires - 0.1
     caller = await gate.caller(bearer, "infer")
     assert (caller.tenant, caller.confined) == ("", False)
@@ -247,7 +290,7 @@ async def test_expired_and_revoked_keys_are_told_so(keys):
 async def test_a_tenants_key_confines_its_caller(keys):
     """To its models, and those of nobody."""
     gate_key = made(keys, "acme", ("infer", "push"))
-    gate = await gate_of(keys)
+    gate = await started(keys)
     caller = await gate.caller(gate_key, "push")
     assert (caller.tenant, caller.confined, caller.admin) == ("acme", True, False)
 
@@ -255,7 +298,7 @@ async def test_a_tenants_key_confines_its_caller(keys):
 async def test_a_further_key_asks_for_none(keys):
     """By it `roost up` asks its own placer, whose other callers need none until there is one."""
     further, token = new_key(scopes=("admin",))
-    gate = await gate_of(keys, further=further)
+    gate = await started(keys, further=further)
     assert await gate.caller(None, "admin") is ANYBODY
     made(keys)
     gate.look()
@@ -266,7 +309,7 @@ async def test_a_further_key_asks_for_none(keys):
 def test_whatever_is_presented_is_refused_in_the_same_words(presented, tmp_path_factory):
     """Nothing but a key gets in, and nothing breaks."""
     keys = Keys(open_storage(str(tmp_path_factory.getbasetemp() / "any")))
-    gate = Gate(keys, "required", "127.0.0.1")
+    gate = Gate(keys, "required", "127.0.0.1", setting=SETTING)
     gate.look()
     with pytest.raises(Unauthenticated) as caught:
         gate.check(presented, "read")

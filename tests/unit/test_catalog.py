@@ -17,6 +17,7 @@ class FakeRepository:
     """Manifests in a dict; counts look-ups; `gate` holds them back."""
 
     def __init__(self):
+        self.versions = self
         self.models: dict[str, list[int]] = {}
         self.lookups = 0
         self.gate = threading.Event()

@@ -49,7 +49,7 @@ def cache(tmp_path):
 
 
 def put(repository: Repository, data: bytes, name: str | None = None) -> str:
-    digest, size = repository.put_blob([data])
+    digest, size = repository.files.put([data])
     assert (digest, size) == (sha(data), len(data))
     if name is not None:
         repository.register(name, 1, SPEC, digest)
@@ -73,11 +73,11 @@ def test_a_file_comes_back_as_it_was(repository, url, cache):
     for data in (tuned(1), weights(a=b"1234"), fake(), b"anything"):
         digest = put(repository, data)
         other = Repository(url)
-        assert other.has_blob(digest)
-        assert other.blob_size(digest) == len(data)
-        assert content(other.local_extents(digest, cache)) == data
-        assert Path(other.local_path(digest, cache)).read_bytes() == data
-        assert other.put_blob([data]) == (digest, len(data))
+        assert other.files.has(digest)
+        assert other.files.size(digest) == len(data)
+        assert content(other.files.extents(digest, cache)) == data
+        assert Path(other.files.path(digest, cache)).read_bytes() == data
+        assert other.files.put([data]) == (digest, len(data))
 
 
 def test_tensors_are_kept_once(local, root):
@@ -100,7 +100,7 @@ def test_parts_are_the_tensors(local, root):
 
 def test_a_directory_is_read_where_it_is(local, root, cache):
     """Nothing is copied: the stretches lie in the repository itself."""
-    extents = local.local_extents(put(local, tuned(1)), cache)
+    extents = local.files.extents(put(local, tuned(1)), cache)
     assert {Path(extent.path).is_relative_to(root) for extent in extents} == {True}
     assert not Path(cache).exists()
 
@@ -110,9 +110,9 @@ def test_only_what_is_missing_travels(cache, monkeypatch):
     url = f"memory://{uuid.uuid4().hex}"
     repository = Repository(url)
     first, second = put(repository, tuned(1)), put(repository, tuned(3))
-    repository.local_extents(first, cache)
+    repository.files.extents(first, cache)
     before = names(Path(cache))
-    assert content(Repository(url).local_extents(second, cache)) == tuned(3)
+    assert content(Repository(url).files.extents(second, cache)) == tuned(3)
     assert len(names(Path(cache)) - before) == 2
 
 
@@ -126,12 +126,12 @@ def test_a_damaged_part_is_found(root, cache, how):
     else:
         part.write_bytes(bytes(BIG if how == "changed" else 10))
     with pytest.raises(Internal, match="damaged"):
-        Repository(str(root)).local_extents(digest, cache)
+        Repository(str(root)).files.extents(digest, cache)
     with pytest.raises((Internal, ModelNotFound)):
-        Repository(str(root)).local_path(digest, cache)
+        Repository(str(root)).files.path(digest, cache)
     if how != "changed":
         put(Repository(str(root)), tuned(1))
-        assert content(Repository(str(root)).local_extents(digest, cache)) == tuned(1)
+        assert content(Repository(str(root)).files.extents(digest, cache)) == tuned(1)
 
 
 def test_a_damaged_part_is_not_built_upon(root, cache):
@@ -139,7 +139,7 @@ def test_a_damaged_part_is_not_built_upon(root, cache):
     put(Repository(str(root)), tuned(1))
     (root / blob_path(sha(tensor(0)))).write_bytes(bytes(BIG))
     second = put(Repository(str(root)), tuned(3))
-    assert content(Repository(str(root)).local_extents(second, cache)) == tuned(3)
+    assert content(Repository(str(root)).files.extents(second, cache)) == tuned(3)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"1"])
@@ -150,14 +150,14 @@ def test_a_damaged_recipe_is_found(local, root, cache, damage):
     text = path.read_bytes()
     path.write_bytes(damage if damage != b"1" else text.replace(b'"size":2', b'"size":3'))
     with pytest.raises(Internal, match="recipes/sha256"):
-        local.local_extents(digest, cache)
+        local.files.extents(digest, cache)
     put(local, tuned(1))
-    assert content(local.local_extents(digest, cache)) == tuned(1)
+    assert content(local.files.extents(digest, cache)) == tuned(1)
     swapped = msgspec.json.decode(text)
     swapped["pieces"][1], swapped["pieces"][3] = swapped["pieces"][3], swapped["pieces"][1]
     path.write_bytes(msgspec.json.encode(swapped))
     with pytest.raises(Internal, match="damaged"):
-        local.local_extents(digest, cache)
+        local.files.extents(digest, cache)
 
 
 def test_files_from_before_are_read(local, root, cache):
@@ -168,9 +168,9 @@ def test_files_from_before_are_read(local, root, cache):
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
     local.register("m", 1, SPEC, sha(data))
-    assert local.local_extents(sha(data), cache) == (Extent(str(path), 0, len(data)),)
-    assert local.local_path(sha(data), cache) == str(path)
-    layout = local.layout(sha(data), cache)
+    assert local.files.extents(sha(data), cache) == (Extent(str(path), 0, len(data)),)
+    assert local.files.path(sha(data), cache) == str(path)
+    layout = local.files.layout(sha(data), cache)
     assert layout is not None
     assert layout.architecture
     assert names(root, "layouts") == {sha(data)}
@@ -184,10 +184,10 @@ def test_layouts_are_kept_beside_their_files(repository, url, cache, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(tuned(1))
     other = Repository(url)
-    assert other.layout(digest, cache) == read_layout(path)
+    assert other.files.layout(digest, cache) == read_layout(path)
     assert not Path(cache).exists()
-    assert other.layout(put(repository, b"no model"), cache) is None
-    obstacle = other.layout(put(repository, fake()), cache)
+    assert other.files.layout(put(repository, b"no model"), cache) is None
+    obstacle = other.files.layout(put(repository, fake()), cache)
     assert obstacle is not None
     assert obstacle.obstacle
 
@@ -198,11 +198,11 @@ def test_layouts_are_kept_beside_their_files(repository, url, cache, tmp_path):
 def test_a_layout_of_another_version_is_made_anew(local, root, cache, text):
     """What cannot be read or is of another program's version is replaced."""
     digest = put(local, tuned(1))
-    layout = local.layout(digest, cache)
+    layout = local.files.layout(digest, cache)
     path = root / "layouts/sha256" / digest[7:9] / digest[7:]
     good = path.read_bytes()
     path.write_bytes(text)
-    assert local.layout(digest, cache) == layout
+    assert local.files.layout(digest, cache) == layout
     assert path.read_bytes() == good
 
 
@@ -212,7 +212,7 @@ def test_a_damaged_layout_is_not_counted_by(local, root):
     manifest = local.register("m", 1, SPEC, digest)
     assert local.sharing()[manifest.id].own_bytes == manifest.size_bytes
     estimate = local.estimate(manifest)
-    assert estimate.weights_bytes == local.layout(digest, "").weights_bytes
+    assert estimate.weights_bytes == local.files.layout(digest, "").weights_bytes
     assert estimate.shares
     assert not estimate.measured
     path = root / "layouts/sha256" / digest[7:9] / digest[7:]
@@ -236,8 +236,8 @@ def test_what_cannot_be_told_apart_is_not_estimated(local):
 def test_absence(repository, cache):
     """What is not there is said to be not there, whatever is asked."""
     for call in (
-        repository.local_extents, repository.local_path, repository.layout,
-        lambda digest, _: repository.blob_size(digest),
+        repository.files.extents, repository.files.path, repository.files.layout,
+        lambda digest, _: repository.files.size(digest),
     ):  # fmt: skip
         with pytest.raises(ModelNotFound):
             call(sha(b"absent"), cache)
@@ -257,13 +257,13 @@ def test_parts_go_with_the_last_file_that_needs_them(repository, url):
     collected = repository.collect_garbage(0.0)
     assert (collected.blobs, collected.parts) == (1, 2)
     assert BIG < collected.blob_bytes < BIG + 4000
-    assert not repository.has_blob(first)
-    assert repository.has_blob(second)
-    assert Repository(url).has_blob(sha(tensor(0)))
+    assert not repository.files.has(first)
+    assert repository.files.has(second)
+    assert Repository(url).files.has(sha(tensor(0)))
     repository.remove("two")
     collected = repository.collect_garbage(0.0)
     assert (collected.blobs, collected.parts) == (1, 4)
-    assert not Repository(url).has_blob(sha(tensor(0)))
+    assert not Repository(url).files.has(sha(tensor(0)))
     assert repository.collect_garbage(0.0).blob_bytes == 0
 
 
@@ -281,7 +281,7 @@ def test_young_files_keep_their_parts(local, root, cache):
     for path in (root / "blobs").rglob("*"):
         os.utime(path, (1, 1))
     assert local.collect_garbage(60.0).blob_bytes == 0
-    assert content(local.local_extents(digest, cache)) == tuned(1)
+    assert content(local.files.extents(digest, cache)) == tuned(1)
 
 
 def test_storing_again_makes_a_file_young(local, root):
@@ -291,7 +291,7 @@ def test_storing_again_makes_a_file_young(local, root):
         os.utime(path, (1, 1))
     put(local, tuned(1))
     assert local.collect_garbage(60.0).blob_bytes == 0
-    assert local.has_blob(digest)
+    assert local.files.has(digest)
 
 
 def test_a_recipe_that_cannot_be_read_keeps_its_parts(local, root):
@@ -312,7 +312,7 @@ def test_parts_that_nobody_finished_are_collected(local, root, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         put(local, tuned(1))
     monkeypatch.undo()
-    assert not local.has_blob(sha(tuned(1)))
+    assert not local.files.has(sha(tuned(1)))
     assert names(root)
     local.collect_garbage(0.0)
     assert not names(root) | names(root, "layouts")
@@ -339,7 +339,7 @@ def test_registrations_and_collections_lose_no_part(root, cache):
                     break
                 except InvalidRequest:  # collected before it was registered: bring it again
                     continue
-            assert content(Repository(str(root)).local_extents(manifest.digest, cache)) == data
+            assert content(Repository(str(root)).files.extents(manifest.digest, cache)) == data
             repository.remove("m", manifest.version)
 
     with ThreadPoolExecutor(4) as pool:

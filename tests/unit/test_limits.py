@@ -31,7 +31,7 @@ from shared.names import ModelId
 from shared.nvmetrics import encoder
 from shared.recipes import Piece, Recipe, _check, decode_recipe
 from shared.repository import Repository
-from shared.storage_local import LocalStorage
+from shared.storage import LocalStorage
 from shared.tenants import Tenants
 from tests.fuzz.files import _resealed
 
@@ -206,10 +206,10 @@ def test_documents_that_are_none_are_passed_over(tmp_path, data):
     storage = LocalStorage(str(tmp_path), durable=False)
     assert AliasFolder(storage).read("m") == Aliases(3)
     assert Tenants(storage).quotas() == {}
-    from shared.manifests import profile_path
+    from shared.profiles import profile_path
 
     (tmp_path / "models/m/1/profiles/x").rename(tmp_path / profile_path(ModelId("m/1"), "cpu"))
-    assert Repository(str(tmp_path)).profile(ModelId("m/1"), "cpu") is None
+    assert Repository(str(tmp_path)).profiles.get(ModelId("m/1"), "cpu") is None
     head = len(data).to_bytes(4, "big") + data
     for decode in (decode_job, decode_ended):
         with pytest.raises(ValueError):

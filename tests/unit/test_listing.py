@@ -35,7 +35,7 @@ def repository(tmp_path):
 
 
 def register(repository, *names, **fields):
-    digest, _ = repository.put_blob([torchscript(b"x" * 64)])
+    digest, _ = repository.files.put([torchscript(b"x" * 64)])
     for name in names:
         repository.register(name, None, ModelSpec(**fields), digest)
 
@@ -52,7 +52,7 @@ def test_only_what_has_changed_is_read(repository, tmp_path):
     assert storage.read == []
     register(repository, "a")
     repository.remove("b")
-    assert listing.look() == repository.manifests()
+    assert listing.look() == repository.versions.manifests()
     assert all(path.startswith("models/a/") for path in storage.read)
 
 
@@ -66,7 +66,7 @@ def test_of_what_is_not_wanted_nothing_is_kept(repository, tmp_path):
     assert len(storage.read) == 301
     assert [manifest.id for manifest in listing.look()] == ["kept/1"]
     assert len(storage.read) == 301
-    assert [manifest.id for manifest in repository.standing()] == ["kept/1"]
+    assert [manifest.id for manifest in repository.versions.standing()] == ["kept/1"]
 
 
 def test_a_broken_manifest_is_told_once(repository, tmp_path, capsys):
@@ -74,5 +74,5 @@ def test_a_broken_manifest_is_told_once(repository, tmp_path, capsys):
     register(repository, "a", "b")
     (tmp_path / "models" / "a" / "1" / "manifest.json").write_text("{")
     for _ in range(3):
-        assert [manifest.id for manifest in repository.manifests()] == ["b/1"]
+        assert [manifest.id for manifest in repository.versions.manifests()] == ["b/1"]
     assert capsys.readouterr().out.count("manifest_skipped") == 1

@@ -45,21 +45,21 @@ def test_registration_gives_the_manifest_its_format(tmp_path):
     """What is stored names the format, whether or not the spec did."""
     repository = Repository(str(tmp_path))
     for name, data in (("ts", torchscript()), ("ep", exported()), ("so", compiled())):
-        with repository.open_blob_writer() as writer:
+        with repository.files.writer() as writer:
             writer.write(data)
             digest, _ = writer.commit(None)
         repository.register(name, None, ModelSpec(), digest)
         wrong = ModelSpec(format="export" if name != "ep" else "aotinductor")
         with pytest.raises(InvalidRequest, match="the manifest's format is"):
             repository.register(name, None, wrong, digest)
-    found = {name: repository.manifest(name).format for name in ("ts", "ep", "so")}
+    found = {name: repository.versions.manifest(name).format for name in ("ts", "ep", "so")}
     assert found == {"ts": "torchscript", "ep": "export", "so": "aotinductor"}
     again = repository.register("ep", None, ModelSpec(format="export"), digest_of(repository, "ep"))
     assert again.version == 1
 
 
 def digest_of(repository, name):
-    return repository.manifest(name).digest
+    return repository.versions.manifest(name).digest
 
 
 @pytest.mark.parametrize(

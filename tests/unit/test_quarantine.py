@@ -117,7 +117,7 @@ def test_the_reason_is_cut(quarantine):
 def registered(tmp_path, versions=2) -> Repository:
     repository = Repository(str(tmp_path))
     for n in range(versions):
-        digest, _ = repository.put_blob([torchscript(b"%d" % n * 16)])
+        digest, _ = repository.files.put([torchscript(b"%d" % n * 16)])
         repository.register("bert", n + 1, ModelSpec(), digest)
     return repository
 

@@ -24,6 +24,7 @@ from shared.errors import (
     TooLarge,
     Unavailable,
 )
+from shared.imports import import_triton
 from shared.models import Case, ModelSpec, Profile, TensorSpec
 from shared.names import ModelId
 from shared.repository import Repository
@@ -34,7 +35,7 @@ OTHER = ModelSpec(target_ms=5.0)
 
 
 def put(repository: Repository, weights: bytes = bytes(64)) -> str:
-    return repository.put_blob([torchscript(weights)])[0]
+    return repository.files.put([torchscript(weights)])[0]
 
 
 def digest_of(data: bytes) -> str:
@@ -53,12 +54,12 @@ def test_blobs_are_named_by_content(repository):
     """A file is stored under its checksum; the same content again is the same file."""
     data = os.urandom(3_000_000)
     chunks = [data[:1_000_000], memoryview(data)[1_000_000:]]
-    assert repository.put_blob(chunks) == (digest_of(data), len(data))
-    assert repository.put_blob([data], expect_digest=digest_of(data))[0] == digest_of(data)
-    assert repository.has_blob(digest_of(data))
-    assert repository.blob_size(digest_of(data)) == len(data)
+    assert repository.files.put(chunks) == (digest_of(data), len(data))
+    assert repository.files.put([data], expect=digest_of(data))[0] == digest_of(data)
+    assert repository.files.has(digest_of(data))
+    assert repository.files.size(digest_of(data)) == len(data)
     with pytest.raises(ModelNotFound):
-        repository.blob_size(digest_of(b"other"))
+        repository.files.size(digest_of(b"other"))
 
 
 def test_layout_of_a_directory(local, root):
@@ -76,29 +77,29 @@ def test_layout_of_a_directory(local, root):
 def test_a_wrong_checksum_is_refused(repository):
     """Content that is not what was announced is not kept."""
     with pytest.raises(InvalidRequest, match="checksum does not match"):
-        repository.put_blob([b"data"], expect_digest=digest_of(b"other"))
+        repository.files.put([b"data"], expect=digest_of(b"other"))
     with pytest.raises(InvalidRequest, match="not a digest"):
-        repository.put_blob([b"data"], expect_digest="md5:123")
-    assert not repository.has_blob(digest_of(b"data"))
+        repository.files.put([b"data"], expect="md5:123")
+    assert not repository.files.has(digest_of(b"data"))
 
 
 def test_too_large_uploads_stop(local, root):
     """An upload beyond its limit ends at once and leaves nothing."""
     with pytest.raises(TooLarge, match="limit of 10 bytes"):
-        local.put_blob([b"12345", b"678901"], max_bytes=10)
+        local.files.put([b"12345", b"678901"], max_bytes=10)
     assert files(root) == set()
-    assert local.put_blob([b"1234567890"], max_bytes=10)[1] == 10
+    assert local.files.put([b"1234567890"], max_bytes=10)[1] == 10
 
 
 def test_an_upload_without_commit_is_forgotten(local, root):
     """Leaving the block, or losing the writer, removes its temporary file."""
-    with local.open_blob_writer() as writer:
+    with local.files.writer() as writer:
         writer.write(b"half")
         assert len(files(root)) == 1
     assert files(root) == set()
     with pytest.raises(ValueError, match="over"):
         writer.write(b"more")
-    lost = local.open_blob_writer()
+    lost = local.files.writer()
     lost.write(b"half")
     del lost
     gc.collect()
@@ -107,20 +108,20 @@ def test_an_upload_without_commit_is_forgotten(local, root):
 
 def test_a_blob_is_invisible_until_it_is_whole(repository):
     """While it is written, nobody sees it."""
-    with repository.open_blob_writer() as writer:
+    with repository.files.writer() as writer:
         writer.write(b"all of it")
-        assert not repository.has_blob(digest_of(b"all of it"))
+        assert not repository.files.has(digest_of(b"all of it"))
         assert writer.commit(digest_of(b"all of it")) == (digest_of(b"all of it"), 9)
-    assert repository.has_blob(digest_of(b"all of it"))
+    assert repository.files.has(digest_of(b"all of it"))
 
 
 @pytest.mark.parametrize("digest", ["", "sha256:../../etc/passwd", "sha256:" + "A" * 64])
 def test_digests_are_checked_before_they_are_paths(repository, digest, tmp_path):
     """What is not a digest never becomes a path."""
     for call in (
-        repository.has_blob,
-        repository.blob_size,
-        lambda digest: repository.local_path(digest, str(tmp_path)),
+        repository.files.has,
+        repository.files.size,
+        lambda digest: repository.files.path(digest, str(tmp_path)),
         lambda digest: repository.register("m", 1, SPEC, digest),
     ):
         with pytest.raises(InvalidRequest, match="not a digest"):
@@ -138,22 +139,22 @@ def test_register_and_look_up(repository, url):
     assert manifest.size_bytes == len(torchscript())
     assert manifest.inputs == SPEC.inputs
     again = Repository(url)
-    assert again.manifest("m", 2) == manifest
-    assert again.manifest("m") == manifest
-    assert list(again.names()) == ["m"]
-    assert again.versions("m") == [2]
-    assert again.manifests() == [manifest]
+    assert again.versions.manifest("m", 2) == manifest
+    assert again.versions.manifest("m") == manifest
+    assert list(again.versions.names()) == ["m"]
+    assert again.versions.numbers("m") == [2]
+    assert again.versions.manifests() == [manifest]
 
 
 def test_an_empty_repository(repository):
     """Nothing there is nothing found, not an error."""
-    assert list(repository.names()) == []
-    assert repository.manifests() == []
-    assert repository.versions("m") == []
+    assert list(repository.versions.names()) == []
+    assert repository.versions.manifests() == []
+    assert repository.versions.numbers("m") == []
     with pytest.raises(ModelNotFound, match="'m' is not registered"):
-        repository.manifest("m")
+        repository.versions.manifest("m")
     with pytest.raises(ModelNotFound, match="'m' is not registered"):
-        repository.manifest("m", 1)
+        repository.versions.manifest("m", 1)
 
 
 def test_the_highest_version_is_the_default(repository):
@@ -161,10 +162,10 @@ def test_the_highest_version_is_the_default(repository):
     digest = put(repository)
     for version in (9, 10, 2):
         repository.register("m", version, SPEC, digest)
-    assert repository.manifest("m").version == 10
-    assert repository.versions("m") == [2, 9, 10]
+    assert repository.versions.manifest("m").version == 10
+    assert repository.versions.numbers("m") == [2, 9, 10]
     with pytest.raises(ModelNotFound, match="no version 3"):
-        repository.manifest("m", 3)
+        repository.versions.manifest("m", 3)
 
 
 def test_registering_the_same_again_changes_nothing(repository):
@@ -182,7 +183,7 @@ def test_versions_are_immutable(repository):
     for spec, file in ((SPEC, other), (OTHER, digest)):
         with pytest.raises(AlreadyExists, match="has a version 1 already"):
             repository.register("m", 1, spec, file)
-    assert repository.manifest("m", 1) == first
+    assert repository.versions.manifest("m", 1) == first
 
 
 def test_the_next_version(repository):
@@ -198,10 +199,10 @@ def test_names_are_checked_before_they_are_paths(repository, name):
     digest = put(repository)
     for call in (
         lambda: repository.register(name, 1, SPEC, digest),
-        lambda: repository.manifest(name),
-        lambda: repository.versions(name),
+        lambda: repository.versions.manifest(name),
+        lambda: repository.versions.numbers(name),
         lambda: repository.remove(name),
-        lambda: repository.profile(ModelId(f"{name}/1"), "cpu"),
+        lambda: repository.profiles.get(ModelId(f"{name}/1"), "cpu"),
     ):
         with pytest.raises(InvalidRequest):
             call()
@@ -211,12 +212,12 @@ def test_names_are_checked_before_they_are_paths(repository, name):
 
 def test_only_torchscript_is_registered(repository):
     """A file that is none, or is not there, is refused before anything is written."""
-    digest, _ = repository.put_blob([b"not a model"])
+    digest, _ = repository.files.put([b"not a model"])
     with pytest.raises(InvalidRequest, match="not a zip"):
         repository.register("m", 1, SPEC, digest)
     with pytest.raises(InvalidRequest, match="upload it first"):
         repository.register("m", 1, SPEC, digest_of(b"never uploaded"))
-    assert list(repository.names()) == []
+    assert list(repository.versions.names()) == []
 
 
 def race(count, act):
@@ -242,14 +243,14 @@ def test_one_of_several_registrations_wins(url):
     winners = [result for result in results if not isinstance(result, Exception)]
     assert len(winners) == 1
     assert sum(isinstance(result, AlreadyExists) for result in results) == 5
-    assert repositories[0].manifest("m", 1) == winners[0]
+    assert repositories[0].versions.manifest("m", 1) == winners[0]
 
 
 def test_equal_registrations_agree(url):
     """Of several equal ones each gets the same manifest, time of registration included."""
     repositories = [Repository(url) for _ in range(6)]
     results = race(6, lambda n: repositories[n].register("m", None, SPEC, put(repositories[n])))
-    assert results == [repositories[0].manifest("m", 1)] * 6
+    assert results == [repositories[0].versions.manifest("m", 1)] * 6
 
 
 def test_next_versions_do_not_collide(url):
@@ -265,19 +266,19 @@ def test_remove(repository):
     digest = put(repository)
     for version in (1, 2, 3):
         repository.register("m", version, SPEC, digest)
-    repository.put_profile(ModelId("m/2"), Profile(device_kind="cpu", weights_bytes=1))
+    repository.profiles.put(ModelId("m/2"), Profile(device_kind="cpu", weights_bytes=1))
     repository.remove("m", 2)
-    assert repository.versions("m") == [1, 3]
-    assert repository.profile(ModelId("m/2"), "cpu") is None
+    assert repository.versions.numbers("m") == [1, 3]
+    assert repository.profiles.get(ModelId("m/2"), "cpu") is None
     with pytest.raises(ModelNotFound, match="no version 2"):
         repository.remove("m", 2)
     repository.remove("m")
-    assert list(repository.names()) == []
+    assert list(repository.versions.names()) == []
     with pytest.raises(ModelNotFound, match="is not registered"):
         repository.remove("m")
-    assert repository.has_blob(digest)
+    assert repository.files.has(digest)
     assert repository.register("m", None, OTHER, digest).version == 4
-    assert repository.manifests() == [repository.manifest("m", 4)]
+    assert repository.versions.manifests() == [repository.versions.manifest("m", 4)]
 
 
 def test_unload_and_load(repository, url):
@@ -306,7 +307,7 @@ def test_removing_leaves_a_tombstone_only(local, root):
     """Of a removed version stays what it was and when it went; not its measurements."""
     digest = put(local)
     local.register("m", 1, SPEC, digest)
-    local.put_profile(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
+    local.profiles.put(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
     local.remove("m")
     kept = {blob_path(digest), blob_path(digest).replace("blobs", "layouts")}
     assert files(root) - kept == {"models/m/1/removed.json"}
@@ -340,7 +341,7 @@ def test_a_removed_version_is_not_registered_as_another(repository, url):
         assert str(caught.value).endswith(
             "version numbers are not used again, push without a version or as 3"
         )
-    assert repository.versions("m") == [2]
+    assert repository.versions.numbers("m") == [2]
     assert repository.register("m", 3, OTHER, other).version == 3
 
 
@@ -349,14 +350,14 @@ def test_a_removed_version_comes_back_as_it_was(repository):
     likes, and never as anything else."""
     digest = put(repository)
     repository.register("m", 1, SPEC, digest)
-    repository.put_profile(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
+    repository.profiles.put(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
     for _ in range(2):
         repository.remove("m")
         with pytest.raises(AlreadyExists, match="was removed"):
             repository.register("m", 1, OTHER, digest)
         revived = repository.register("m", 1, SPEC, digest)
-        assert repository.manifests() == [revived] == [repository.manifest("m")]
-        assert repository.profile(revived.id, "cpu") is None
+        assert repository.versions.manifests() == [revived] == [repository.versions.manifest("m")]
+        assert repository.profiles.get(revived.id, "cpu") is None
         with pytest.raises(AlreadyExists, match="has a version 1 already"):
             repository.register("m", 1, OTHER, digest)
     assert repository.register("m", None, OTHER, digest).version == 2
@@ -368,14 +369,14 @@ def test_a_removed_model_is_not_there(repository, url):
     repository.register("m", 1, SPEC, digest)
     repository.remove("m")
     for each in (repository, Repository(url)):
-        assert list(each.names()) == []
-        assert each.versions("m") == []
-        assert each.manifests() == []
+        assert list(each.versions.names()) == []
+        assert each.versions.numbers("m") == []
+        assert each.versions.manifests() == []
         for version in (None, 1):
             with pytest.raises(ModelNotFound, match="'m' is not registered"):
-                each.manifest("m", version)
+                each.versions.manifest("m", version)
         with pytest.raises(ModelNotFound):
-            each.put_profile(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
+            each.profiles.put(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=1))
     assert repository.collect_garbage(0.0).blobs == 1
     with pytest.raises(InvalidRequest, match="upload it first"):
         repository.register("m", 1, SPEC, digest)
@@ -403,9 +404,9 @@ def test_a_removal_that_was_cut_short_is_none(local, root):
     text = path.read_bytes()
     local.remove("m")
     path.write_bytes(text)
-    assert local.register("m", 1, SPEC, digest) == local.manifest("m") == first
+    assert local.register("m", 1, SPEC, digest) == local.versions.manifest("m") == first
     local.remove("m", 1)
-    assert local.versions("m") == []
+    assert local.versions.numbers("m") == []
 
 
 def test_a_number_never_means_two_files(url):
@@ -438,14 +439,14 @@ def test_a_broken_manifest_is_named(local, root, text):
     path.parent.mkdir(parents=True)
     path.write_text(text, encoding="latin-1")
     with pytest.raises(Internal, match=r"models/bad/1/manifest.json is not a valid manifest"):
-        local.manifest("bad")
+        local.versions.manifest("bad")
     with structlog.testing.capture_logs() as logs:
-        assert local.manifests() == [manifest]
-        assert local.manifests() == [manifest]
+        assert local.versions.manifests() == [manifest]
+        assert local.versions.manifests() == [manifest]
     assert [log["path"] for log in logs] == ["models/bad/1/manifest.json"]
     assert local.register("bad", None, SPEC, manifest.digest).version == 2
     local.remove("bad", 1)
-    assert local.manifest("bad").version == 2
+    assert local.versions.manifest("bad").version == 2
     with pytest.raises(AlreadyExists, match="was removed"):
         local.register("bad", 1, SPEC, manifest.digest)
 
@@ -457,7 +458,7 @@ def test_a_manifest_must_be_that_of_its_folder(local, root):
     copy.parent.mkdir(parents=True)
     copy.write_bytes((root / "models" / "m" / "1" / "manifest.json").read_bytes())
     with pytest.raises(Internal, match="it is that of m/1"):
-        local.manifest("copied")
+        local.versions.manifest("copied")
 
 
 def test_strange_folders_are_passed_by(local, root):
@@ -469,9 +470,9 @@ def test_strange_folders_are_passed_by(local, root):
         (folder / "manifest.json").write_text("{}")
     (root / "models" / "file").write_text("")
     (root / "models" / "empty").mkdir()
-    assert list(local.names()) == ["m"]
-    assert local.versions("m") == [1]
-    assert local.manifests() == [manifest]
+    assert list(local.versions.names()) == ["m"]
+    assert local.versions.numbers("m") == [1]
+    assert local.versions.manifests() == [manifest]
 
 
 def test_listings_see_what_others_change(url):
@@ -479,12 +480,12 @@ def test_listings_see_what_others_change(url):
     ours, theirs = Repository(url), Repository(url)
     digest = put(ours)
     ours.register("a", 1, SPEC, digest)
-    assert len(theirs.manifests()) == 1
+    assert len(theirs.versions.manifests()) == 1
     ours.register("b", 1, SPEC, digest)
-    assert [manifest.id for manifest in theirs.manifests()] == ["a/1", "b/1"]
+    assert [manifest.id for manifest in theirs.versions.manifests()] == ["a/1", "b/1"]
     ours.remove("a")
     ours.register("a", 2, OTHER, digest)
-    assert theirs.manifests() == [ours.manifest("a"), ours.manifest("b")]
+    assert theirs.versions.manifests() == [ours.versions.manifest("a"), ours.versions.manifest("b")]
 
 
 # --- garbage ----------------------------------------------------------------------------
@@ -502,8 +503,8 @@ def test_garbage_is_what_no_manifest_mentions(repository):
     collected = repository.collect_garbage(0.0)
     size = len(torchscript(b"other weights"))
     assert (collected.blobs, collected.blob_bytes) == (1, size)
-    assert repository.has_blob(kept)
-    assert not repository.has_blob(dropped)
+    assert repository.files.has(kept)
+    assert not repository.files.has(dropped)
     with pytest.raises(InvalidRequest, match="upload it first"):
         repository.register("m", 2, SPEC, dropped)
 
@@ -532,17 +533,17 @@ def test_uploads_of_dead_processes_are_collected(local, root):
     """What a killed process left goes; what a living one writes stays."""
     script = (
         "import os, signal, sys; from shared.repository import Repository\n"
-        "writer = Repository(sys.argv[1]).open_blob_writer(); writer.write(b'half')\n"
+        "writer = Repository(sys.argv[1]).files.writer(); writer.write(b'half')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", script, str(root)], check=False)
-    with local.open_blob_writer() as writer:
+    with local.files.writer() as writer:
         writer.write(b"alive")
         assert len(files(root)) == 2
         assert local.collect_garbage(3600.0).unfinished_uploads == 0
         assert local.collect_garbage(0.0).unfinished_uploads == 1
         digest, _ = writer.commit()
-    assert local.has_blob(digest)
+    assert local.files.has(digest)
 
 
 def test_storing_and_collecting_at_once(local):
@@ -568,7 +569,7 @@ def test_storing_and_collecting_at_once(local):
         stop.set()
         collector.join()
     assert all("upload it first" in reason for reason in refused)
-    assert all(local.has_blob(manifest.digest) for manifest in registered)
+    assert all(local.files.has(manifest.digest) for manifest in registered)
 
 
 # --- local files ------------------------------------------------------------------------
@@ -579,23 +580,23 @@ def test_local_path_of_a_directory(local, root, tmp_path):
     digest = put(local)
     cache = tmp_path / "cache"
     for repository in (local, Repository(str(root))):
-        assert repository.local_path(digest, str(cache)) == str(root / blob_path(digest))
+        assert repository.files.path(digest, str(cache)) == str(root / blob_path(digest))
     assert not cache.exists()
     with pytest.raises(ModelNotFound):
-        local.local_path(digest_of(b"other"), str(cache))
+        local.files.path(digest_of(b"other"), str(cache))
 
 
 def test_a_damaged_file_is_not_handed_out(local, root, tmp_path):
     """A changed file is found out by the first call of a process, a cut one by every call."""
     digest = put(local)
-    local.local_path(digest, str(tmp_path))
+    local.files.path(digest, str(tmp_path))
     path = root / blob_path(digest)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(Internal, match="is damaged"):
-        local.local_path(digest, str(tmp_path))
+        local.files.path(digest, str(tmp_path))
     path.write_bytes(bytes(len(torchscript())))
     with pytest.raises(Internal, match="is damaged"):
-        Repository(str(root)).local_path(digest, str(tmp_path))
+        Repository(str(root)).files.path(digest, str(tmp_path))
 
 
 def test_local_path_of_a_url(tmp_path):
@@ -604,18 +605,18 @@ def test_local_path_of_a_url(tmp_path):
     repository = Repository(url)
     digest = put(repository)
     cache = tmp_path / "cache"
-    path = Path(repository.local_path(digest, str(cache)))
+    path = Path(repository.files.path(digest, str(cache)))
     assert path.read_bytes() == torchscript()
     assert path.is_relative_to(cache)
     inode = path.stat().st_ino
-    assert repository.local_path(digest, str(cache)) == str(path)
-    assert Repository(url).local_path(digest, str(cache)) == str(path)
+    assert repository.files.path(digest, str(cache)) == str(path)
+    assert Repository(url).files.path(digest, str(cache)) == str(path)
     assert path.stat().st_ino == inode
     path.write_bytes(b"cut")
-    assert Path(repository.local_path(digest, str(cache))).read_bytes() == torchscript()
+    assert Path(repository.files.path(digest, str(cache))).read_bytes() == torchscript()
     assert files(cache) == {blob_path(digest)}
     with pytest.raises(ModelNotFound):
-        repository.local_path(digest_of(b"other"), str(cache))
+        repository.files.path(digest_of(b"other"), str(cache))
 
 
 def test_a_damaged_source_is_not_copied(tmp_path):
@@ -627,7 +628,7 @@ def test_a_damaged_source_is_not_copied(tmp_path):
     digest = put(repository)
     fsspec.filesystem("memory").pipe_file(f"/{name}/{blob_path(digest)}", b"damaged")
     with pytest.raises(Internal, match="copy is damaged"):
-        repository.local_path(digest, str(tmp_path))
+        repository.files.path(digest, str(tmp_path))
     assert files(tmp_path) == set()
 
 
@@ -635,7 +636,7 @@ def test_many_threads_fetch_one_file(tmp_path):
     """However many ask at once, each gets the whole file and nothing is left over."""
     repository = Repository(f"memory://{uuid.uuid4().hex}")
     digest = put(repository, os.urandom(200_000))
-    paths = race(8, lambda _: repository.local_path(digest, str(tmp_path)))
+    paths = race(8, lambda _: repository.files.path(digest, str(tmp_path)))
     assert paths == [str(tmp_path / blob_path(digest))] * 8
     assert digest_of(Path(paths[0]).read_bytes()) == digest
     assert files(tmp_path) == {blob_path(digest)}
@@ -650,27 +651,27 @@ def test_profiles_by_device_kind(repository):
     model = ModelId("m/1")
     kinds = ["cpu", "cuda:NVIDIA H100 80GB HBM3", "cuda:NVIDIA_H100_80GB_HBM3", "../x", "x" * 300]
     for size, kind in enumerate(kinds):
-        assert repository.profile(model, kind) is None
+        assert repository.profiles.get(model, kind) is None
         cases = (Case(1, seconds=0.5), Case(8, seconds=1.0))
         profile = Profile(device_kind=kind, weights_bytes=size, cases=cases)
-        repository.put_profile(model, profile)
-        assert repository.profile(model, kind) == profile
+        repository.profiles.put(model, profile)
+        assert repository.profiles.get(model, kind) == profile
     again = Profile(device_kind="cpu", weights_bytes=7)
-    repository.put_profile(model, again)
-    assert repository.profile(model, "cpu") == again
-    assert repository.versions("m") == [1]
+    repository.profiles.put(model, again)
+    assert repository.profiles.get(model, "cpu") == again
+    assert repository.versions.numbers("m") == [1]
     with pytest.raises(ModelNotFound, match="m/2"):
-        repository.put_profile(ModelId("m/2"), again)
+        repository.profiles.put(ModelId("m/2"), again)
 
 
 def test_a_broken_profile_is_measured_again(local, root):
     """What cannot be read counts as not measured."""
     local.register("m", 1, SPEC, put(local))
-    local.put_profile(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=7))
+    local.profiles.put(ModelId("m/1"), Profile(device_kind="cpu", weights_bytes=7))
     (path,) = (root / "models" / "m" / "1" / "profiles").iterdir()
     path.write_text("{")
     with structlog.testing.capture_logs() as logs:
-        assert local.profile(ModelId("m/1"), "cpu") is None
+        assert local.profiles.get(ModelId("m/1"), "cpu") is None
     assert logs[0]["event"] == "profile_skipped"
 
 
@@ -678,18 +679,22 @@ def test_trouble_with_the_files_is_unavailable(tmp_path):
     """The system's errors do not travel: whoever asks hears that the repository is away."""
     (tmp_path / "file").write_text("")
     with pytest.raises(Unavailable, match="repository cannot be used"):
-        Repository(str(tmp_path / "file" / "repository")).put_blob([b"data"])
+        Repository(str(tmp_path / "file" / "repository")).files.put([b"data"])
 
 
 def test_a_repository_that_is_away_has_not_lost_its_models(local, root, tmp_path):
     """Look-ups say `Unavailable`, never `ModelNotFound`, and go on when it is back."""
     registered = local.register("m", 1, SPEC, put(local))
     root.rename(tmp_path / "away")
-    for look in (local.manifests, lambda: local.manifest("m"), lambda: local.manifest("m", 1)):
+    for look in (
+        local.versions.manifests,
+        lambda: local.versions.manifest("m"),
+        lambda: local.versions.manifest("m", 1),
+    ):
         with pytest.raises(Unavailable, match="is away"):
             look()
     (tmp_path / "away").rename(root)
-    assert local.manifests() == [registered] == [local.manifest("m", 1)]
+    assert local.versions.manifests() == [registered] == [local.versions.manifest("m", 1)]
 
 
 def test_a_url_that_cannot_be_opened_is_told_without_its_keys():
@@ -702,7 +707,7 @@ def test_a_url_that_cannot_be_opened_is_told_without_its_keys():
 def test_a_file_url_is_a_directory(tmp_path):
     """`file://` and a path are the same repository."""
     digest = put(Repository(f"file://{tmp_path}/r"))
-    assert Repository(str(tmp_path / "r")).has_blob(digest)
+    assert Repository(str(tmp_path / "r")).files.has(digest)
 
 
 # --- Triton -----------------------------------------------------------------------------
@@ -724,9 +729,9 @@ def test_import_triton(repository, tmp_path):
         target = triton / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-    manifests, errors = repository.import_triton(str(triton))
+    manifests, errors = import_triton(repository, str(triton))
     assert [manifest.id for manifest in manifests] == ["good/1", "good/2", "named/1"]
-    assert repository.manifests() == manifests
+    assert repository.versions.manifests() == manifests
     assert sorted(errors) == ["good/3", "no name", "onnx"]
     assert "onnxruntime_onnx" in str(errors["onnx"])
-    assert repository.import_triton(str(triton))[0] == manifests
+    assert import_triton(repository, str(triton))[0] == manifests

@@ -63,10 +63,10 @@ def test_registrations_change_the_count(tmp_path):
     """Each listing tells what is registered then."""
     repository = Repository(str(tmp_path))
     one, other = (weights(a=b"abcd" * 100, b=own.encode() * 100) for own in ("1111", "2222"))
-    repository.register("one", 1, ModelSpec(), repository.put_blob([one])[0])
-    repository.register("odd", 1, ModelSpec(), repository.put_blob([fake()])[0])
+    repository.register("one", 1, ModelSpec(), repository.files.put([one])[0])
+    repository.register("odd", 1, ModelSpec(), repository.files.put([fake()])[0])
     assert repository.sharing()["one/1"] == SharedBytes(len(one), 0)
-    repository.register("other", 1, ModelSpec(), repository.put_blob([other])[0])
+    repository.register("other", 1, ModelSpec(), repository.files.put([other])[0])
     assert repository.sharing()["one/1"] == SharedBytes(len(one) - 400, 400)
     assert repository.sharing()["other/1"] == SharedBytes(len(other) - 400, 400)
     assert repository.sharing()["odd/1"] == SharedBytes(len(fake()), 0)

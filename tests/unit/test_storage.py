@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from shared.errors import Unavailable
 from shared.storage import open_storage
-from shared.storage_remote import RemoteStorage
+from shared.storage.remote import RemoteStorage
 
 
 class Bucket(LocalFileSystem):

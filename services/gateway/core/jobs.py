@@ -34,6 +34,8 @@ SAID_CHARS: Final = 1000
 PUBLISH_AT_ONCE: Final = 100
 """Lost jobs that one look brings back."""
 _ID: Final = re.compile(r"[0-7][0-9a-f]{31}\Z")
+ID_DIGITS: Final = 31
+"""Of an id, after its shard."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +56,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     header_length: int | None = None
     traceparent: str | None = None
     tracestate: str | None = None
+    key: str = ""
+    """The name of its `Idempotency-Key`, as `jobkeys` forms it; empty: it has none."""
+    fingerprint: str = ""
+    """Of the request, where there is a key."""
 
     def __post_init__(self) -> None:
         check_id(self.id)
@@ -95,13 +101,6 @@ class JobNotFound(RoostError):
     code = "not_found"
 
 
-class NotDone(RoostError):
-    """The job has no result yet."""
-
-    code = "job_not_done"
-    retryable = True
-
-
 def shard_of(model: str) -> str:
     """One of eight digits. The same for all gateways, at all times: files lie by it."""
     return "01234567"[zlib.crc32(model.encode()) % SHARDS]
@@ -110,7 +109,7 @@ def shard_of(model: str) -> str:
 def new_id(model: str, secret: str) -> str:
     """The id of a job: whoever knows it may read the result, so `secret`, 31 random hexadecimal
     digits or more, must not be guessable."""
-    return check_id(shard_of(model) + secret[:31])
+    return check_id(shard_of(model) + secret[:ID_DIGITS])
 
 
 def check_id(text: str) -> str:
@@ -134,6 +133,12 @@ def expired(job: Job, now_ms: int, last: str = "") -> Ended:
 
 def cancelled(job: Job, now_ms: int) -> Ended:
     return ended(job, "cancelled", now_ms, "not_found", error="the job was cancelled")
+
+
+def superseded(job: Job, by: str, now_ms: int) -> Ended:
+    """The end of a job whose key led to another before it was accepted."""
+    said = f"its Idempotency-Key leads to job {by}"
+    return ended(job, "cancelled", now_ms, "conflict", error=said)
 
 
 def ended(
@@ -182,7 +187,7 @@ def deadline_ms(wished_s: Iterable[float], *, now_ms: int, default_s: float, mos
 
 def view(what: Job | Ended, *, keep_s: float) -> dict[str, Any]:
     """What a client is told of a job."""
-    job = what if isinstance(what, Job) else what.job
+    job = job_of(what)
     told: dict[str, Any] = {
         "id": job.id,
         "state": "queued",
@@ -204,12 +209,21 @@ def view(what: Job | Ended, *, keep_s: float) -> dict[str, Any]:
     return told
 
 
+def job_of(what: Job | Ended) -> Job:
+    return what if isinstance(what, Job) else what.job
+
+
 def path_of(id_: str) -> str:
     return f"/v2/jobs/{id_}"
 
 
 def kept_until_ms(end: Ended, keep_s: float) -> int:
     return end.ended_ms + round(keep_s * 1000)
+
+
+def is_over(what: Job | Ended, now_ms: int, keep_s: float) -> bool:
+    """Whether its result has been kept for long enough."""
+    return isinstance(what, Ended) and now_ms > kept_until_ms(what, keep_s)
 
 
 def _time(ms: int) -> str:
@@ -273,10 +287,11 @@ def decode_note(data: bytes) -> Note:
 
 
 class Found(NamedTuple):
-    """A job file in a folder."""
+    """A file in a folder of jobs."""
 
     id: str
-    has_ended: bool
+    """Of the job; of a key its name."""
+    kind: Literal["asked", "ended", "key", "freeing"]
     age_s: float
 
 
@@ -290,16 +305,27 @@ class Sweep(NamedTuple):
     quiet: list[str]
     """Jobs that should have had a turn by now. If nothing waits in their queue, their notes are
     lost (the broker lost them, or whoever accepted the job died at it)."""
+    keys: list[str]
+    """Names of keys that are older than any job: theirs went without them."""
+    locks: list[str]
+    """Jobs whose keys somebody died freeing."""
 
 
-def sweep(found: Iterable[Found], *, keep_s: float, turn_s: float) -> Sweep:
-    """Looks through one folder. `turn_s`: how long a turn may take, waiting included."""
-    waiting: dict[str, float] = {}
-    ends: dict[str, float] = {}
+def sweep(found: Iterable[Found], *, keep_s: float, turn_s: float, longest_s: float) -> Sweep:
+    """Looks through one folder. `turn_s`: how long a turn may take, waiting included; `longest_s`:
+    how long a job may wait."""
+    ages: dict[str, dict[str, float]] = {"asked": {}, "ended": {}, "key": {}, "freeing": {}}
     for file in found:
-        (ends if file.has_ended else waiting)[file.id] = file.age_s
+        ages[file.kind][file.id] = file.age_s
+    waiting, ends = ages["asked"], ages["ended"]
+
+    def older(kind: str, seconds: float) -> list[str]:
+        return [id_ for id_, age_s in ages[kind].items() if age_s > seconds]
+
     return Sweep(
-        over=[id_ for id_, age_s in ends.items() if age_s > keep_s],
+        over=older("ended", keep_s),
         settled=[id_ for id_ in waiting if id_ in ends],
-        quiet=[id_ for id_, age_s in waiting.items() if id_ not in ends and age_s > turn_s],
+        quiet=[id_ for id_ in older("asked", turn_s) if id_ not in ends],
+        keys=older("key", longest_s + keep_s + turn_s),
+        locks=older("freeing", turn_s),
     )

@@ -21,6 +21,7 @@ STATUS: Final = {
     "not_found": grpc.StatusCode.NOT_FOUND,
     "already_exists": grpc.StatusCode.ALREADY_EXISTS,
     "conflict": grpc.StatusCode.ABORTED,
+    "idempotency_key_reused": grpc.StatusCode.ALREADY_EXISTS,
     "too_large": grpc.StatusCode.RESOURCE_EXHAUSTED,  # as gRPC itself says it
     "resource_exhausted": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "internal": grpc.StatusCode.INTERNAL,

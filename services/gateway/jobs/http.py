@@ -10,11 +10,14 @@ from starlette.responses import Response
 
 from services.gateway.callers import asking
 from services.gateway.core.admission import Admission
-from services.gateway.core.jobs import Ended, Job, path_of, view
+from services.gateway.core.jobkeys import parse_key
+from services.gateway.core.jobs import Ended, Job, job_of, path_of, view
 from services.gateway.httpinfer import HttpAsked, HttpInference
 from services.gateway.jobs.jobs import Jobs
 from services.gateway.sending import HeldResponse
 from services.gateway.table import Row
+from shared.errors import InvalidRequest
+from shared.names import HEADER_IDEMPOTENCY_KEY
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -39,6 +42,10 @@ class HttpJobs:
 
     async def submit(self, request: Request) -> Response:
         parameters = request.path_params
+        keys = request.headers.getlist(HEADER_IDEMPOTENCY_KEY)
+        if len(keys) > 1:
+            raise InvalidRequest("there is more than one Idempotency-Key")
+        key = parse_key(keys[0]) if keys else ""
         asked = HttpAsked(
             self._http,
             parameters["model"],
@@ -47,8 +54,8 @@ class HttpJobs:
             request.receive,
             "",  # nothing is asked yet: each turn has an id of its own
         )
-        job = await self._jobs.submit(asked)
-        return self._told(job, 202, {"location": path_of(job.id)})
+        job = await self._jobs.submit(asked, key)
+        return self._told(job, 202, {"location": path_of(job_of(job).id)})
 
     async def status(self, request: Request) -> Response:
         return self._told(await self._jobs.find(*self._whose(request)))

@@ -16,11 +16,11 @@ from services.gateway.body import Held, Rejected
 from services.gateway.cancels import Cancels
 from services.gateway.config import GatewayConfig
 from services.gateway.core.admission import Admission
+from services.gateway.core.jobkeys import Claim, fingerprint_of, key_name
 from services.gateway.core.jobs import (
     Ended,
     Job,
     JobNotFound,
-    NotDone,
     Note,
     body_of,
     cancelled,
@@ -28,12 +28,14 @@ from services.gateway.core.jobs import (
     deadline_ms,
     encode_note,
     expired,
-    kept_until_ms,
+    is_over,
+    job_of,
     new_id,
     queue_of,
 )
 from services.gateway.infer import Inference, Replied, Taken
 from services.gateway.jobs.files import JobFiles
+from services.gateway.jobs.keys import JobKeys
 from services.gateway.metrics import Metrics
 from services.gateway.routes import Routes
 from shared.broker.port import (
@@ -44,11 +46,17 @@ from shared.broker.port import (
     QueueFull,
     Unroutable,
 )
-from shared.errors import DeadlineExceeded, Overloaded, Unavailable
+from shared.errors import (
+    DeadlineExceeded,
+    IdempotencyKeyReused,
+    JobNotDone,
+    Overloaded,
+    Unavailable,
+)
 
 log = structlog.get_logger(__name__)
 
-_KEY_CHARS: Final = 256
+_SPLIT_KEY_CHARS: Final = 256
 _LOOK_AGAIN_S: Final = 1
 _FULL_S: Final = 30
 """Until a full job queue is worth another try: jobs wait for minutes, not for moments."""
@@ -75,14 +83,17 @@ class Jobs:
         self._inference = inference
         self._broker = broker
         self._files = files
+        self._keys = JobKeys(files, config.job_keep_s)
         self._metrics = metrics
         self._cancels = cancels
 
-    async def submit(self, asked: Asked) -> Job:
-        """Accepts a request: on return it will have its turn, whoever is restarted meanwhile.
+    async def submit(self, asked: Asked, key: str = "") -> Job | Ended:
+        """Accepts a request: on return it will have its turn, whoever is restarted meanwhile. For
+        a key that has a job already: that job, as it stands now.
 
         Raises as `Inference.answer` does up to the publish, `Overloaded` when too many jobs wait,
-        `Unavailable` when it cannot be written down or queued.
+        `Unavailable` when it cannot be written down or queued, `IdempotencyKeyReused` when the job
+        of this key is another request.
         """
         if not self._broker.connected:
             raise Unavailable("the message broker is not connected", retry_after_s=1)
@@ -92,10 +103,23 @@ class Jobs:
             target = await self._routes.target(asked.name, asked.version, asked.split_key)
             self._inference.spend(asked.tenant)
             taken = await self._inference.take(asked, target, held)
-            job = self._job(asked, taken, now_ms)
+            name = fingerprint = ""
+            if key:
+                name = key_name(asked.name, asked.version, asked.tenant, key)
+                fingerprint = await asyncio.to_thread(_fingerprint, asked, taken)
+                held_by = await asyncio.to_thread(self._keys.holder, name)
+                if held_by is not None:
+                    return await self._of_key(held_by, fingerprint)
+            job = self._job(asked, taken, now_ms, name, fingerprint)
             with self._admitted(job):
                 await asyncio.to_thread(self._files.create, job, taken.read.body)
                 await self._queue(job)
+                if name:
+                    mine = Claim(job.id, fingerprint)
+                    held_by = await asyncio.to_thread(self._keys.claim, name, mine)
+                    if held_by.id != job.id:
+                        await asyncio.to_thread(self._files.remove, job.id)
+                        return await self._of_key(held_by, fingerprint)
         except Rejected as error:
             self._metrics.rejected(error.reason)
             raise
@@ -116,7 +140,18 @@ class Jobs:
             now = time.monotonic()
             self._admission.leave(job.model, now, answered=False, tenant=job.tenant)
 
-    def _job(self, asked: Asked, taken: Taken, now_ms: int) -> Job:
+    async def _of_key(self, held_by: Claim, fingerprint: str) -> Job | Ended:
+        """The job that a key leads to."""
+        if held_by.fingerprint != fingerprint:
+            raise IdempotencyKeyReused("another request was sent with this Idempotency-Key")
+        found = await self._look(held_by.id)
+        if found is None:
+            raise Unavailable("the job of this key was removed just now", retry_after_s=1)
+        return found
+
+    def _job(
+        self, asked: Asked, taken: Taken, now_ms: int, key: str = "", fingerprint: str = ""
+    ) -> Job:
         read, config = taken.read, self._config
         deadline = deadline_ms(
             read.wished_s(),
@@ -131,7 +166,7 @@ class Jobs:
             id=new_id(name, secrets.token_hex(16)),
             model=name,
             version=asked.version,
-            split_key=asked.split_key[:_KEY_CHARS],
+            split_key=asked.split_key[:_SPLIT_KEY_CHARS],
             tenant=asked.tenant,
             request_id=read.request.id,
             created_ms=now_ms,
@@ -140,18 +175,26 @@ class Jobs:
             header_length=read.header_length,
             traceparent=read.traceparent,
             tracestate=read.tracestate,
+            key=key,
+            fingerprint=fingerprint,
         )
 
     async def _queue(self, job: Job) -> None:
-        """Puts the job into its queue; if that fails, there is no job."""
+        """Puts the job into its queue; if that fails, there is no job. If that may have failed,
+        there is none either, unless it has a key: then it may have had its turn by that, and others
+        have been told of it."""
+        uncertain = False
         try:
             try:
                 await publish_note(self._broker, Note(job.id), self._config.publish_timeout_s)
             except PublishUncertain:
+                uncertain = True
                 # Twice in the queue does no harm: a job has one turn at a time, and one end.
                 await publish_note(self._broker, Note(job.id), self._config.publish_timeout_s)
         except BaseException as error:
-            await asyncio.shield(asyncio.to_thread(self._files.remove, job.id))
+            refused = isinstance(error, QueueFull | BrokerUnavailable | Unroutable)
+            if not job.key or (refused and not uncertain):
+                await asyncio.shield(asyncio.to_thread(self._files.remove, job.id))
             if isinstance(error, QueueFull):
                 raise Overloaded("too many jobs wait", retry_after_s=_FULL_S) from error
             if isinstance(error, BrokerUnavailable | PublishUncertain | Unroutable):
@@ -161,20 +204,24 @@ class Jobs:
     async def find(self, id_: str, tenant: str | None) -> Job | Ended:
         """A job as it stands now. Raises `JobNotFound` also for what is another tenant's; None
         sees everybody's."""
-        found = await asyncio.to_thread(self._files.find, check_id(id_))
+        found = await self._look(check_id(id_))
+        if found is None or (tenant is not None and job_of(found).tenant != tenant):
+            raise JobNotFound("there is no such job")
+        return found
+
+    async def _look(self, id_: str) -> Job | Ended | None:
+        found = await asyncio.to_thread(self._files.find, id_)
         if isinstance(found, Job) and _now_ms() >= found.deadline_ms:
             # Written down, so that nobody is told otherwise later.
             await self._end(expired(found, _now_ms()))
             found = await asyncio.to_thread(self._files.find, id_)
-        if found is None or _hidden(found, tenant) or self._over(found):
-            raise JobNotFound("there is no such job")
-        return found
+        return None if found is None or is_over(found, _now_ms(), self.keep_s) else found
 
     async def result(self, id_: str, tenant: str | None) -> Replied:
-        """What `infer` would have answered. Raises `NotDone` before the end, `JobNotFound`."""
+        """What `infer` would have answered. Raises `JobNotDone` before the end, `JobNotFound`."""
         found = await self.find(id_, tenant)
         if isinstance(found, Job):
-            raise NotDone("the job has not ended", retry_after_s=_LOOK_AGAIN_S)
+            raise JobNotDone("the job has not ended", retry_after_s=_LOOK_AGAIN_S)
         answer = await asyncio.to_thread(self._files.answer, id_)
         if answer is None:
             raise JobNotFound("there is no such job")
@@ -199,9 +246,6 @@ class Jobs:
         left_s = (job.deadline_ms - _now_ms()) / 1000
         self._cancels.add(cancel_name(job.id), asyncio.get_running_loop().time() + left_s)
 
-    def _over(self, found: Job | Ended) -> bool:
-        return isinstance(found, Ended) and _now_ms() > kept_until_ms(found, self.keep_s)
-
     async def _end(self, end: Ended) -> bool:
         first = await asyncio.to_thread(self._files.end, end, body_of(end))
         if first:
@@ -220,9 +264,8 @@ async def publish_note(broker: Broker, note: Note, timeout_s: float) -> None:
     await broker.publish("", queue_of(note.id[0]), message, timeout_s=timeout_s)
 
 
-def _hidden(found: Job | Ended, tenant: str | None) -> bool:
-    job = found if isinstance(found, Job) else found.job
-    return tenant is not None and job.tenant != tenant
+def _fingerprint(asked: Asked, taken: Taken) -> str:
+    return fingerprint_of(taken.read.body, taken.read.header_length, asked.split_key)
 
 
 def _now_ms() -> int:

@@ -21,6 +21,7 @@ from services.gateway.asked import Read
 from services.gateway.body import ClientGone, Held
 from services.gateway.callers import Callers, asked_by
 from services.gateway.config import GatewayConfig
+from services.gateway.core.jobkeys import Claim
 from services.gateway.core.jobs import (
     SHARDS,
     Again,
@@ -35,11 +36,13 @@ from services.gateway.core.jobs import (
     ended,
     expired,
     queue_of,
+    superseded,
 )
 from services.gateway.hangup import watching_for_hangup
 from services.gateway.infer import Inference, Replied
 from services.gateway.jobs.files import Broken, JobFiles
 from services.gateway.jobs.jobs import cancel_name, publish_note
+from services.gateway.jobs.keys import JobKeys
 from services.gateway.metrics import Metrics
 from services.gateway.rpc import Rpc
 from shared import v2
@@ -126,6 +129,7 @@ class JobRuns:
         self._rpc = rpc
         self._store = store
         self._files = files
+        self._keys = JobKeys(files, config.job_keep_s)
         self._metrics = metrics
         self._running: dict[str, JobAsked | None] = {}
         """By id; None before its request is sent, and while it waits for another turn."""
@@ -244,9 +248,23 @@ class JobRuns:
         except Broken:
             self._files.remove(id_)  # it can never run; the log has it
             return None
-        if job is not None and _now_ms() - job.created_ms > _YOUNG_MS:
+        if job is None or not self._has_its_key(job):
+            return None
+        if _now_ms() - job.created_ms > _YOUNG_MS:
             self._files.touch(id_)  # else another gateway may take it for lost
         return job
+
+    def _has_its_key(self, job: Job) -> bool:
+        """A job may be here before who stored it knows that its key is another's; or who stored it
+        died, and the client came again."""
+        if not job.key:
+            return True
+        holder = self._keys.claim(job.key, Claim(job.id, job.fingerprint))
+        if holder.id == job.id:
+            return True
+        log.info("job_superseded", job=job.id, by=holder.id)
+        self._files.end(superseded(job, holder.id, _now_ms()), b"")
+        return False
 
     async def _turn(self, job: Job, note: Note) -> Again | None:
         """Asks the model. None when the job has ended, one way or another."""

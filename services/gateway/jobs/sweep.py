@@ -13,9 +13,18 @@ from typing import Final
 import structlog
 
 from services.gateway.config import GatewayConfig
-from services.gateway.core.jobs import PUBLISH_AT_ONCE, SHARDS, WAIT_MOST_S, Note, queue_of, sweep
+from services.gateway.core.jobs import (
+    PUBLISH_AT_ONCE,
+    SHARDS,
+    WAIT_MOST_S,
+    Note,
+    Sweep,
+    queue_of,
+    sweep,
+)
 from services.gateway.jobs.files import JobFiles
 from services.gateway.jobs.jobs import publish_note
+from services.gateway.jobs.keys import JobKeys
 from shared.broker.port import Broker, QueueFull, QueueMissing, Unroutable
 from shared.errors import RoostError, Unavailable
 
@@ -32,7 +41,9 @@ class JobSweep:
     def __init__(self, config: GatewayConfig, broker: Broker, files: JobFiles) -> None:
         self._broker = broker
         self._files = files
+        self._keys = JobKeys(files, config.job_keep_s)
         self._keep_s = config.job_keep_s
+        self._longest_s = config.job_max_timeout_s
         self._turn_s = config.max_timeout_s + WAIT_MOST_S + _SLACK_S
         self._publish_timeout_s = config.publish_timeout_s
 
@@ -51,16 +62,20 @@ class JobSweep:
     async def look(self, shard: str) -> None:
         """Looks through one folder. Raises `Unavailable`."""
         found = await asyncio.to_thread(self._files.list, shard)
-        plan = sweep(found, keep_s=self._keep_s, turn_s=self._turn_s)
-        await asyncio.to_thread(self._clean, plan.over[:_REMOVE_AT_ONCE], plan.settled)
+        plan = sweep(found, keep_s=self._keep_s, turn_s=self._turn_s, longest_s=self._longest_s)
+        await asyncio.to_thread(self._clean, plan)
         if plan.quiet and await self._waiting(shard) == 0:
             await self._bring_back(plan.quiet[:PUBLISH_AT_ONCE])
 
-    def _clean(self, over: list[str], settled: list[str]) -> None:
-        for id_ in over:
+    def _clean(self, plan: Sweep) -> None:
+        for id_ in plan.over[:_REMOVE_AT_ONCE]:
             self._files.remove(id_)
-        for id_ in settled:
+        for id_ in plan.settled:
             self._files.remove_request(id_)
+        for id_ in plan.locks:
+            self._files.unlock(id_)
+        for name in plan.keys[:_REMOVE_AT_ONCE]:
+            self._keys.holder(name)  # frees it
 
     async def _waiting(self, shard: str) -> int | None:
         try:

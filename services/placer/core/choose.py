@@ -29,8 +29,6 @@ from shared.names import ModelId
 
 _CONSIDERED = 3
 """Workers of which the choice is explained."""
-_ONE_BY_ONE = 16
-"""As long as no more models are placed, who reports each is looked up worker by worker."""
 
 
 class Chosen(msgspec.Struct, frozen=True):
@@ -72,8 +70,11 @@ class Chooser:
         self._failing = [n for n, each in enumerate(fleet.workers) if each.failed]
         self._uneven = bool((fleet.slowness != 1.0).any())
         self._per_byte: Floats = fleet.policy.memory_weight / np.maximum(fleet.budget, 1)
-        self._lookups = 0
-        self._reporting: dict[ModelId, list[int]] | None = None
+        self._loose: dict[ModelId, list[int]] = {}
+        """Who reports a model that is not assigned to it by the view."""
+        for number, room in enumerate(fleet.rooms):
+            for model in room.loose:
+                self._loose.setdefault(model, []).append(number)
 
     def __repr__(self) -> str:
         return f"<Chooser {self.fleet!r}>"
@@ -227,18 +228,11 @@ class Chooser:
 
     def _reports(self, model: ModelId) -> dict[int, ModelReport]:
         """What workers say of the model that could have a copy of it and have none."""
-        workers, have = self.fleet.workers, self.fleet.holders(model)
-        self._lookups += 1
-        if self._reporting is None and self._lookups <= _ONE_BY_ONE:
-            found = [(n, each.reported.get(model)) for n, each in enumerate(workers)]
-            return {n: told for n, told in found if told is not None and n not in have}
-        if self._reporting is None:
-            self._reporting = {}
-            for number, each in enumerate(workers):
-                for reported in each.reported:
-                    self._reporting.setdefault(reported, []).append(number)
-        told = self._reporting.get(model, ())
-        return {n: workers[n].reported[model] for n in told if n not in have}
+        fleet = self.fleet
+        told = {*self._loose.get(model, ()), *fleet.left(model)}
+        found = [(n, fleet.workers[n].reported.get(model)) for n in told]
+        have = fleet.holders(model) if found else ()
+        return {n: each for n, each in found if each is not None and n not in have}
 
     def _fits_device(self, facts: ModelView, worker: int) -> bool:
         held = self.fleet.sizes(worker).values()

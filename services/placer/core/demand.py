@@ -22,66 +22,28 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from services.placer.core.columns import Ints
-from services.placer.core.news import News, compare
+from services.placer.core.columns import Floats, Ints
+from services.placer.core.heard import (
+    ARRIVED,
+    HELD,
+    LOAD_SECONDS,
+    SECONDS,
+    Heard,
+    Look,
+    last_used,
+)
+from services.placer.core.news import News
 from services.placer.core.policy import Policy
 from services.placer.core.tracked import Tracked
 from services.placer.core.view import Demand
-from shared.control import ModelReport, Report
+from shared.control import Report
 from shared.names import ModelId
 
-SHORTEST_INTERVAL_S = 0.05
-"""Two reports closer than this are taken as one: a rate over less is noise."""
 _SURE_BY = 2.0
 """Standard deviations of a Poisson count, each of which is its root: a count is above its mean by
 more than these in 1 of 40 intervals."""
 NEGLIGIBLE_RATE = 1e-4
 """Requests per second below which a model's averages are forgotten."""
-
-
-class _Worker:
-    """What was last counted and measured of one worker."""
-
-    __slots__ = (
-        "at", "base", "dropped", "incarnation", "measured", "newest", "own", "rates", "report",
-        "seen", "seq",
-    )  # fmt: skip
-
-    def __init__(self, report: Report, now: float) -> None:
-        self.report = report
-        self.newest: Mapping[ModelId, ModelReport] = {}
-        """Its models, as measured last."""
-        self.rates: dict[ModelId, tuple[float, float]] = {}
-        """Requests per second since the report before, and what of it is no chance."""
-        self.measured: Ints | None = None
-        """Rows of the models that it has measured; None: to be found anew."""
-        self.own = 0.0
-        """Sum of its own seconds per request of these."""
-        self.dropped = 0
-        self.base: dict[ModelId, int | None] = {}
-        """Counters as counted last, of models of which anything is new since; None: not told."""
-        self.count_from(report, now)
-
-    def count_from(self, report: Report, now: float) -> None:
-        """Arrivals are counted from this report on."""
-        self.incarnation = report.incarnation
-        self.seq = report.seq
-        self.at = report.at
-        self.seen = now
-        self.base = {}
-
-    def take(self, report: Report, news: News) -> None:
-        """What a newer report tells."""
-        base = self.base
-        for was, told in news.changed:
-            if told.model not in base:
-                base[told.model] = None if was is None else was.arrived
-            if was is None or was.seconds_per_item != told.seconds_per_item:
-                self.measured = None
-        for was in news.gone:
-            base.setdefault(was.model, was.arrived)
-            self.measured = None
-        self.newest, self.report = news.models, report
 
 
 class DemandTracker:
@@ -93,7 +55,7 @@ class DemandTracker:
     def __init__(self, policy: Policy) -> None:
         self.rows = Tracked()
         self._policy = policy
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, Heard] = {}
         self._at: float | None = None
 
     def __repr__(self) -> str:
@@ -108,21 +70,22 @@ class DemandTracker:
         """What is known of it goes; what a worker tells of it next is new."""
         self.rows.drop(model)
         for worker in self._workers.values():
-            if model in worker.newest:
-                worker.newest = {m: told for m, told in worker.newest.items() if m != model}
-                worker.base.pop(model, None)
+            worker.forget(model)
 
     def observe(
         self, reports: Iterable[Report], depths: Mapping[ModelId, int], now: float
     ) -> dict[str, News]:
         """Takes in the newest report of every worker, and the depths that were asked for.
         Returns what is new in those reports that are, by worker."""
-        present, news = set(), dict[str, News]()
+        present, fresh = set(), list[tuple[Heard, Report]]()
         for report in reports:
             present.add(report.worker)
-            last = self._workers.get(report.worker)
-            if last is None or last.report is not report:
-                news[report.worker] = self._take(report, last, now)
+            heard = self._workers.get(report.worker)
+            if heard is None:
+                heard = self._workers[report.worker] = Heard(report, now)
+            if heard.report is not report:
+                fresh.append((heard, report))
+        news = self._take(Look(fresh, self.rows, now), now) if fresh else {}
         for gone in self._workers.keys() - present:
             self._lose(self._workers.pop(gone))
         self._look(depths, now)
@@ -162,99 +125,101 @@ class DemandTracker:
         known = self._workers.get(worker)
         if known is None:
             return 1.0
-        rows = self.rows
-        if known.measured is None or known.dropped != rows.dropped:
-            found = [
-                (row, told.seconds_per_item)
-                for model, told in known.newest.items()
-                if told.seconds_per_item > 0 and (row := rows.row.get(model)) is not None
-            ]
-            known.measured = np.array([row for row, _ in found], np.int64)
-            known.own = math.fsum(seconds for _, seconds in found)
-            known.dropped = rows.dropped
-        mean = float(rows.seconds[known.measured].sum())
+        known.follow(self.rows)
+        known.measure()
+        mean = float(self.rows.seconds[known.measured].sum())
         return known.own / mean if mean > 0 else 1.0
 
     # --- parts ------------------------------------------------------------------------------
 
-    def _take(self, report: Report, last: _Worker | None, now: float) -> News:
-        """A report that is new: arrivals first, then what is so now."""
-        rows = self.rows
-        if last is None:
-            news = compare({}, report)
-            for told in report.models:
-                rows.take(told.model, _last_used(told, report, now))
-            last = self._workers[report.worker] = _Worker(report, now)
-            last.newest, last.report = news.models, report
-        else:
-            news = compare(last.newest, report)
-            last.take(report, news)
-            if last.incarnation != report.incarnation or report.seq != last.seq:
-                self._count(report, last, now)
-        for was, told in news.changed:
-            if (
-                was is None
-                or was.held != told.held
-                or was.seconds_per_item != told.seconds_per_item
-                or was.load_seconds != told.load_seconds
-            ):
-                rows.measure(rows.take(told.model, now), was, told)
-        self._leave(news.gone)
-        return news
+    def _take(self, look: Look, now: float) -> dict[str, News]:
+        """Reports that are new: arrivals first, then what is so now."""
+        if any(look.elapsed):
+            self._count(look, now)
+        self._measure(look)
+        return look.news()
 
-    def _count(self, report: Report, last: _Worker, now: float) -> None:
-        restarted = last.incarnation != report.incarnation
-        elapsed = now - last.seen if restarted else report.at - last.at
-        if elapsed < 0:
-            elapsed = now - last.seen
-        if elapsed < SHORTEST_INTERVAL_S:
+    def _count(self, look: Look, now: float) -> None:
+        """What has arrived since it was last counted, by worker, and is so many a second."""
+        rows = self.rows
+        elapsed, now_arrived = np.array(look.elapsed)[look.number], look.now[ARRIVED]
+        some = np.flatnonzero((elapsed > 0) & (look.base != now_arrived))
+        row, base, arrived = look.rows[some], look.base[some], now_arrived[some]
+        # A new baseline. What the worker has in hand came since it last reported; what
+        # it has answered may be history, and one report too few does no harm.
+        new = np.isnan(base)
+        counted = np.where(arrived > base, arrived - base, arrived)
+        counted[new] = np.minimum(look.now[HELD][some], arrived)[new]
+        for n, at in zip(some[new].tolist(), row[new].tolist(), strict=True):
+            heard, report = look.fresh[look.number[n]]
+            model = rows.ids[at]
+            assert model is not None, "a row that a model has"
+            used = last_used(heard.models[model], report, now)
+            rows.last_active[at] = max(rows.last_active[at], used)
+        rows.last_active[row[counted > 0]] = now
+        rates = np.zeros((2, len(elapsed)))
+        rates[0, some] = counted / elapsed[some]
+        # What of that is no chance.
+        rates[1, some] = np.maximum(counted - _SURE_BY * np.sqrt(counted), 0.0) / elapsed[some]
+        # In place of what each worker counted before, one after another: what a sum of floats is
+        # depends on the order.
+        at, changes, less = list[Ints](), list[Floats](), -rates
+        for (heard, start, end), seconds in zip(look.parts(), look.elapsed, strict=True):
+            if seconds and heard.report is not None:
+                before, lost = heard.counted(rows)
+                at += (before, heard.rows)
+                changes += (lost, rates[:, start:end])
+                heard.count(heard.report, less[:, start:end], now_arrived[start:end], rows, now)
+        rated, (rate, sure) = np.concatenate(at), np.concatenate(changes, axis=1)
+        np.add.at(rows.rate, rated, rate)
+        np.add.at(rows.sure, rated, sure)
+
+    def _measure(self, look: Look) -> None:
+        """What workers say of models now, in place of what they said before."""
+        rows, row = self.rows, look.rows
+        differs = (look.was[:ARRIVED] != look.now[:ARRIVED]).any(axis=0)
+        if not (look.gone or differs.any()):
             return
-        rows, rates = self.rows, dict[ModelId, tuple[float, float]]()
-        base = dict.fromkeys(last.newest, 0) if restarted else last.base
-        for model, before in base.items():
-            told = last.newest.get(model)
-            if told is None or told.arrived == before:
-                continue
-            if before is not None:
-                arrivals = told.arrived - before if told.arrived > before else told.arrived
-            else:
-                # A new baseline. What the worker has in hand came since it last reported; what
-                # it has answered may be history, and one report too few does no harm.
-                arrivals = min(told.held, told.arrived)
-                used = _last_used(told, report, now)
-                row = rows.take(model, used)
-                rows.last_active[row] = max(rows.last_active[row], used)
-            if arrivals:
-                sure = max(arrivals - _SURE_BY * math.sqrt(arrivals), 0.0)
-                rates[model] = arrivals / elapsed, sure / elapsed
-                row = rows.take(model, now)
-                rows.last_active[row] = now
-        self._set_rates(last, rates)
-        last.count_from(report, now)
+        rows.hold(row, look.now[HELD] - look.was[HELD])
+        np.maximum.at(rows.load_seconds, row, look.now[LOAD_SECONDS])
+        before, seconds = look.was[SECONDS], look.now[SECONDS]
+        # Whoever says something else is taken out of the sums and put in again, time or not.
+        differs &= (before > 0) | (seconds > 0)
+        # What a worker measures for the first time, or does not any more, is looked at one by
+        # one, with all others that say something of the same model: which word was the last
+        # that stands depends on the order.
+        once = differs & ~((before > 0) & (seconds > 0) & rows.is_timed(row))
+        apart = np.zeros(len(rows.ids), bool)
+        apart[row[once]] = True
+        gone = [
+            (number, at, each)
+            for number, models in look.gone.items()
+            for each in models
+            if (at := rows.row.get(each.model)) is not None
+        ]
+        left: Ints = np.array([at for _, at, _ in gone], np.int64)
+        apart[left] = True
+        rows.hold(left, np.array([-each.held for *_, each in gone], float))
+        alike = differs & ~apart[row]
+        rows.times(row[alike], before[alike], seconds[alike])
+        rest = [
+            (int(look.number[n]), 0, int(row[n]), float(before[n]), float(seconds[n]))
+            for n in np.flatnonzero(differs & apart[row]).tolist()
+        ]
+        rest += [(number, 1, at, each.seconds_per_item, 0.0) for number, at, each in gone]
+        for _, _, at, was, now in sorted(rest):
+            rows.time(at, was, now)
 
-    def _lose(self, gone: _Worker) -> None:
-        self._set_rates(gone, {})
-        self._leave(gone.newest.values())
-
-    def _leave(self, models: Iterable[ModelReport]) -> None:
-        """What a worker does not mention any more is not held there."""
-        for report in models:
-            row = self.rows.row.get(report.model)
-            if row is not None:
-                self.rows.unmeasure(row, report)
-
-    def _set_rates(self, worker: _Worker, rates: dict[ModelId, tuple[float, float]]) -> None:
-        rows = self.rows
-        for model, (rate, sure) in worker.rates.items():
-            row = rows.row.get(model)
-            if row is not None:
-                rows.rate[row] -= rate
-                rows.sure[row] -= sure
-        for model, (rate, sure) in rates.items():
-            row = rows.row[model]
-            rows.rate[row] += rate
-            rows.sure[row] += sure
-        worker.rates = rates
+    def _lose(self, gone: Heard) -> None:
+        gone.follow(self.rows)
+        counted, (rate, sure) = gone.counted(self.rows)
+        np.add.at(self.rows.rate, counted, rate)
+        np.add.at(self.rows.sure, counted, sure)
+        # What a worker does not mention any more is not held there.
+        rows, (held, seconds, *_) = self.rows, gone.numbers
+        rows.hold(gone.rows, -held)
+        for row, was in zip(gone.rows.tolist(), seconds.tolist(), strict=True):
+            rows.time(row, was, 0.0)
 
     def _look(self, depths: Mapping[ModelId, int], now: float) -> None:
         rows = self.rows
@@ -273,8 +238,3 @@ class DemandTracker:
         over = (rate == 0.0) & (rows.slow < NEGLIGIBLE_RATE) & (rows.fast < NEGLIGIBLE_RATE)
         rows.fast[over] = 0.0
         rows.slow[over] = 0.0
-
-
-def _last_used(model: ModelReport, report: Report, now: float) -> float:
-    """On our clock. Both times are the worker's own, so clocks need not agree."""
-    return now - max(report.at - model.last_used, 0.0) if model.last_used else now

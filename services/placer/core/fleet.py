@@ -6,7 +6,7 @@ comes from the view until it is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from services.placer.core.view import Binding, ModelView, Move, View, expected, 
 from shared.fit import can_be_served, used_bytes
 from shared.models import Footprint
 from shared.names import ModelId
+
+_FEW = 8
+"""So many workers are sooner looked at one by one than as a column."""
 
 
 class Fleet:
@@ -57,6 +60,7 @@ class Fleet:
         self._sizes: dict[int, dict[ModelId, Footprint]] = {}
         self._assigned: dict[int, dict[ModelId, Binding]] = {}
         self._held_by: dict[ModelId, list[int]] = {}
+        self._left: dict[ModelId, set[int]] = {}
 
     def __repr__(self) -> str:
         return f"Fleet({ {name: sorted(self.assigned(n)) for name, n in self.number.items()} })"
@@ -75,6 +79,10 @@ class Fleet:
     def holders(self, model: ModelId) -> list[int]:
         """Workers to which the model is assigned, serving or not."""
         return list(self._holders(model))
+
+    def left(self, model: ModelId) -> Collection[int]:
+        """Workers from which the model was removed, whether it came back or not."""
+        return self._left.get(model, ())
 
     def copies(self, model: ModelId) -> int:
         """Serving workers to which the model is assigned."""
@@ -139,12 +147,14 @@ class Fleet:
             if worker not in self._sizes:
                 total += room.device_used if on_device else max(room.used - room.spare_bytes, 0)
                 continue
-            assigned = self.assigned(worker)
-            total += used_bytes(
-                size
-                for model, size in self.sizes(worker).items()
-                if not assigned[model].spare and (size.pinned or not size.copyable or not on_device)
-            )
+            assigned, sizes = self.assigned(worker), self.sizes(worker)
+            spare = [model for model, each in assigned.items() if each.spare]
+            if on_device:
+                sizes = {m: s for m, s in sizes.items() if s.pinned or not s.copyable}
+            elif not spare:
+                total += int(self.used[worker])
+                continue
+            total += used_bytes(size for model, size in sizes.items() if model not in spare)
         return total
 
     def share(self, model: ModelId) -> float:
@@ -198,6 +208,7 @@ class Fleet:
 
     def remove(self, model: ModelId, worker: int) -> None:
         self._touch(worker)
+        self._left.setdefault(model, set()).add(worker)
         self._asked_for(model, -1)
         del self._assigned[worker][model]
         size = self._sizes[worker].pop(model)
@@ -215,9 +226,14 @@ class Fleet:
     def _asked_for(self, model: ModelId, sign: int) -> None:
         """All that have the model share what it is asked for: one more relieves the others."""
         share = sign * self.share(model)
-        if share:
-            holders = self._holders(model)
+        if not share:
+            return
+        holders = self._holders(model)
+        if len(holders) > _FEW:
             self.busy[holders] += share * self.slowness[holders]
+            return
+        for worker in holders:
+            self.busy[worker] += share * self.slowness[worker]
 
     def _measured_per_byte(self) -> float:
         """Seconds of loading per byte of what is bound; 0 when nothing was measured."""

@@ -363,7 +363,7 @@ class Planner:
         """Whether requests wait in vain; a second copy less is only slower."""
         facts = self.view.models[refused.model]
         unserved = not self.fleet.copies(refused.model)
-        barred = refused.permanent or refused.kind == "quota"
+        barred = refused.permanent or refused.kind in {"quota", "suspected"}
         return unserved and not barred and (is_asked(facts) or facts.min_copies > 0)
 
 

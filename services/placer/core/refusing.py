@@ -40,6 +40,10 @@ def refuse(
     too_large = _too_large(fleet, facts, able, most)
     failed = [worker for worker in able if model in fleet.workers[worker].failed]
     if len(too_large.keys() | set(failed)) == len(able) and not fleet.holders(model):
+        suspects = [worker for worker in failed if model in fleet.workers[worker].suspects]
+        if suspects:
+            why = fleet.workers[suspects[0]].failed[model]
+            return Refused(model, Refusal(why), "suspected")
         if failed:
             error = fleet.workers[failed[0]].failed[model]
             told = Refusal(f"it failed to load: {error}")

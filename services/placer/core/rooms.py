@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from services.placer.core.columns import Floats, Ints, Models, facts_of
+from services.placer.core.columns import Floats, Ints, Models
 from services.placer.core.tenancy import whole_bytes
 from services.placer.core.view import ModelView, WorkerView, footprint
 from shared.fit import can_be_served, used_bytes
@@ -20,7 +20,7 @@ class Room:
 
     __slots__ = (
         "_budget", "_owner", "_reported", "_served", "_shares", "_whole", "assigned", "bytes",
-        "device_used", "rows", "since", "sizes", "spare", "spare_bytes", "used",
+        "device_used", "loose", "rows", "since", "sizes", "spare", "spare_bytes", "used",
     )  # fmt: skip
 
     def __init__(
@@ -32,7 +32,8 @@ class Room:
         self._shares = worker.shares
         self._owner = models.owner if isinstance(models, Models) else models
         assigned = worker.assigned
-        told = [facts_of(models, model) for model in assigned]
+        facts_of = models.facts if isinstance(models, Models) else models.get
+        told = [facts_of(model) for model in assigned]
         self.sizes: dict[ModelId, Footprint] = {
             model: footprint(worker, model, facts)
             for model, facts in zip(assigned, told, strict=True)
@@ -43,7 +44,7 @@ class Room:
         self.used = used_bytes(self.sizes.values())
         """On the device, if all were there."""
         self.device_used = used_bytes(
-            size for size in self.sizes.values() if size.pinned or not size.copyable
+            [size for size in self.sizes.values() if size.pinned or not size.copyable]
         )
         """Of what cannot wait in the host's memory."""
         self.rows: Ints = np.array([row.get(model, -1) for model in assigned], np.int64)
@@ -53,6 +54,8 @@ class Room:
         """Each by itself."""
         self.spare = tuple(model for model, each in assigned.items() if each.spare)
         self.spare_bytes = sum(_own_bytes(self.sizes[model]) for model in self.spare)
+        self.loose = tuple(model for model in worker.reported if model not in assigned)
+        """What it reports and is not assigned."""
         self._served: tuple[int, int, bool] | None = None
         self._whole: Ints | None = None
 
@@ -78,7 +81,7 @@ class Room:
         )
 
     def follow(self, reported: Mapping[ModelId, object]) -> None:
-        """A newer report tells the same sizes."""
+        """A newer report tells of the same models, and the same sizes."""
         self._reported = reported  # type: ignore[assignment]  # only its identity counts
 
     def is_served(self, worker: WorkerView) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from services.placer.core.columns import Floats, Ints
-from shared.control import ModelReport
+from services.placer.core.columns import Bools, Floats, Ints
 from shared.names import ModelId
 
 _FLOATS = (
@@ -72,27 +71,38 @@ class Tracked:
                 getattr(self, name)[row] = 0
             self._free.append(row)
 
-    def measure(self, row: int, before: ModelReport | None, report: ModelReport) -> None:
-        """What one worker says of the model, in place of what it said before."""
-        if before is not None:
-            self.unmeasure(row, before)
-        self.held[row] += report.held
-        if report.seconds_per_item > 0:
-            self._seconds_sum[row] += report.seconds_per_item
+    def hold(self, rows: Ints, more: Floats) -> None:
+        """Workers hold so many more (below 0: fewer) of these, a row for each of them. What was
+        dropped meanwhile counts from 0."""
+        np.add.at(self.held, rows, more.astype(np.int64))
+        np.maximum(self.held, 0, out=self.held)
+
+    def time(self, row: int, before: float, seconds: float) -> None:
+        """A worker takes so long for a request, and not what it took before; 0: it does not say."""
+        if before > 0 and self._measured[row] > 0:
+            self._measured[row] -= 1
+            # Sums of floats that come and go do not end at exactly 0.
+            left = self._seconds_sum[row] - before
+            self._seconds_sum[row] = left if self._measured[row] else 0.0
+        if seconds > 0:
+            self._seconds_sum[row] += seconds
             self._measured[row] += 1
         if self._measured[row] > 0:
             self.seconds[row] = self._seconds_sum[row] / self._measured[row]
-        self.load_seconds[row] = max(self.load_seconds[row], report.load_seconds)
 
-    def unmeasure(self, row: int, report: ModelReport) -> None:
-        """The worker does not say that any more. What was dropped meanwhile counts from 0."""
-        self.held[row] = max(self.held[row] - report.held, 0)
-        if report.seconds_per_item > 0 and self._measured[row] > 0:
-            self._measured[row] -= 1
-            left = self._seconds_sum[row] - report.seconds_per_item
-            self._seconds_sum[row] = left if self._measured[row] else 0.0
-            if self._measured[row]:
-                self.seconds[row] = self._seconds_sum[row] / self._measured[row]
+    def times(self, rows: Ints, before: Floats, seconds: Floats) -> None:
+        """`time` for each of these, of which all had said and say something."""
+        alone = self._measured[rows] == 1
+        self._seconds_sum[rows[alone]] = seconds[alone]
+        shared = rows[~alone]
+        change = np.column_stack((-before[~alone], seconds[~alone]))
+        np.add.at(self._seconds_sum, np.repeat(shared, 2), change.ravel())
+        self.seconds[rows] = self._seconds_sum[rows] / self._measured[rows]
+
+    def is_timed(self, rows: Ints) -> Bools:
+        """Whether any worker says how long each takes."""
+        timed: Bools = self._measured[rows] > 0
+        return timed
 
     def _grow(self) -> None:
         size = len(self.ids)

@@ -6,7 +6,7 @@ by whoever builds a view. A view is never changed: `changes.applied` gives the o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -103,6 +103,8 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     reported: Mapping[ModelId, ModelReport] = {}
     failed: Mapping[ModelId, str] = {}
     """Models that it could not load lately, and why."""
+    suspects: Collection[ModelId] = ()
+    """Of these, what it has not tried itself, since an engine of another one ended of it."""
     shares: bool = True
     """Whether it keeps once what several models have, as far as it has shown."""
     labels: Mapping[str, str] = {}

@@ -56,9 +56,12 @@ def workers_wanted(
     serving = [worker for worker in view.workers.values() if worker.serves]
     present = len(serving)
     idle = idle_since(view)
+    silent = not floor and idle is not None and at - idle >= policy.scale_to_zero_after_s
 
     reasons: dict[Cause, str] = {}
-    if demand > policy.grow_above * present:
+    # In silence what is left of a decaying demand is no reason: the last worker, which leaves for
+    # that silence, is not to be followed by another.
+    if demand > policy.grow_above * present and not silent:
         reasons["demand"] = (
             f"demand is {demand:.2f} device s/s, more than {policy.grow_above:.0%} of {present}"
         )
@@ -84,7 +87,7 @@ def workers_wanted(
         )
     if not present:
         return Wanted(0), _since(view, idle=idle)  # the first request changes that
-    if not floor and idle is not None and at - idle >= policy.scale_to_zero_after_s:
+    if silent:
         silence = f"nobody asked for anything for {policy.scale_to_zero_after_s:g} s"
         return _for(0, {"idle": silence}), _since(view, idle=idle)
 

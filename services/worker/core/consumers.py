@@ -3,16 +3,18 @@
     starting → on → stopping → stopped → (nothing held) closed
 
 A subscription that is stopped keeps what it holds until that is settled; meanwhile the model
-may already have a new one. Law: at most one subscription of a model is not stopped.
+may already have a new one. Laws: at most one subscription of a model is not stopped; a model
+knows how many it has (`Model.consumers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from services.worker.core.events import Action, CloseConsumer, StartConsumer, StopConsumer
+from services.worker.core.state import WorkerState
 from shared.models import ModelSpec
 from shared.names import ModelId
 
@@ -39,9 +41,10 @@ class Subscription:
 
 
 class Subscriptions:
-    def __init__(self) -> None:
+    def __init__(self, state: WorkerState) -> None:
         self.all: dict[int, Subscription] = {}
         self.current: dict[ModelId, Subscription] = {}
+        self._state = state
         self._last_id = 0
 
     def __repr__(self) -> str:
@@ -56,9 +59,7 @@ class Subscriptions:
         subscription = self.current.get(model)
         return subscription is not None and subscription.saturated
 
-    def reconcile(
-        self, desired: Iterable[ModelId], prefetch: Callable[[ModelId], int]
-    ) -> list[Action]:
+    def reconcile(self, desired: Iterable[ModelId]) -> list[Action]:
         """Towards one subscription for each desired model, and none for the others."""
         wanted = dict.fromkeys(desired)
         actions: list[Action] = []
@@ -66,12 +67,15 @@ class Subscriptions:
             if subscription.model not in wanted and subscription.phase in {"starting", "on"}:
                 subscription.phase = "stopping"
                 actions.append(StopConsumer(subscription.id))
-        for model in wanted:
-            if model not in self.current:
+        for name in wanted:
+            if name not in self.current:
                 self._last_id += 1
-                fresh = Subscription(self._last_id, model, prefetch(model))
-                self.current[model] = self.all[fresh.id] = fresh
-                actions.append(StartConsumer(fresh.id, model, fresh.prefetch))
+                model = self._state.get(name)
+                model.consumers += 1
+                prefetch = prefetch_for(model.manifest or ModelSpec())
+                fresh = Subscription(self._last_id, name, prefetch)
+                self.current[name] = self.all[fresh.id] = fresh
+                actions.append(StartConsumer(fresh.id, name, prefetch))
         return actions
 
     def started(self, id_: int) -> Subscription | None:
@@ -89,12 +93,13 @@ class Subscriptions:
         self.current.pop(subscription.model, None)
         return subscription
 
-    def sweep(self) -> list[tuple[Subscription, CloseConsumer]]:
+    def sweep(self) -> list[Action]:
         """Closes what is stopped and holds nothing any more."""
         done = [s for s in self.all.values() if s.phase == "stopped" and not s.held]
         for subscription in done:
             del self.all[subscription.id]
-        return [(subscription, CloseConsumer(subscription.id)) for subscription in done]
+            self._state.get(subscription.model).consumers -= 1
+        return [CloseConsumer(subscription.id) for subscription in done]
 
     def validate(self) -> None:
         for model, subscription in self.current.items():
@@ -103,6 +108,8 @@ class Subscriptions:
             assert self.all.get(subscription.id) is subscription, subscription
         live = [s.model for s in self.all.values() if s.phase != "stopped"]
         assert len(live) == len(set(live)) == len(self.current), self
+        for known in self._state.models.values():
+            assert known.consumers == sum(s.model == known.id for s in self.all.values()), known
 
 
 def prefetch_for(spec: ModelSpec) -> int:

@@ -27,7 +27,8 @@ from services.worker.core.events import (
     Refuse,
     RunBatch,
 )
-from services.worker.core.state import MAX_DEATHS, WorkerState
+from services.worker.core.model import MAX_DEATHS
+from services.worker.core.state import WorkerState
 from services.worker.core.turns import FairTurns
 from shared.models import ModelSpec
 from shared.names import ModelId
@@ -351,7 +352,7 @@ class Dispatch:
                 actions.append(
                     Bury(entry.item.item, reason, Fault("quarantined", f"this request: {reason}"))
                 )
-                actions += self._state.buried(first.model)
+                actions += self._state.get(first.model).died_running()
             else:
                 kept.append(entry)
         self._put_back(first.model, kept)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from services.worker.core.state import WorkerState
+from services.worker.core.state import WorkerState
 
 
 def check(state: WorkerState) -> None:

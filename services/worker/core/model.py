@@ -276,7 +276,9 @@ class Model:
             load_seconds=self.seconds_to_come,
             last_used=self.last_used,
             error=self.error,
-            suspect=self.suspect and self.load_deaths > 0,
+            # A verdict that other workers cannot read yet: they would find out by themselves.
+            suspect=(self.suspect and self.load_deaths > 0)
+            or (self.unkept > 0 and self.quarantined is not None),
         )
 
     def validate(self) -> None:

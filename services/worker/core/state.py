@@ -1,7 +1,7 @@
 """Where the models of one worker are, and what they take of its tiers: disk, host, device.
 
 What comes and what goes is decided in placing.py (for what is wanted) and swaps.py (for what is
-asked); here it is done, and what the engine says is taken in. Laws (`validate()`):
+asked); here it is done, and what the engine says is taken in. Laws (`laws.check`):
 - What is on the device, or on its way there, fits the budget together, unless a measurement found
   a model larger than was believed (`overrun`); then nothing is loaded until it fits again. Copies
   in the host's memory fit that budget. What the engine was told to give up counts no more: it
@@ -26,7 +26,6 @@ from typing import Literal
 from services.worker.core.claims import Claims
 from services.worker.core.events import (
     Action,
-    DeathsFound,
     EngineStarted,
     EvictModel,
     FetchModel,
@@ -37,13 +36,10 @@ from services.worker.core.events import (
     ModelLoaded,
     TellPlacer,
 )
-from services.worker.core.laws import check
-from services.worker.core.model import MAX_DEATHS, Model, Stage, by_last_use
+from services.worker.core.model import Model, Stage, by_last_use
 from services.worker.core.profile import warm_ups
 from services.worker.core.room import Room
 from shared.names import ModelId
-
-__all__ = ["MAX_DEATHS", "Model", "WorkerState"]
 
 
 class WorkerState:
@@ -193,18 +189,6 @@ class WorkerState:
         self.chosen.clear()
         self.incomplete = True
         return actions
-
-    def buried(self, name: ModelId) -> list[Action]:
-        """One of its items killed as many engines as one may."""
-        return self.get(name).died_running()
-
-    def deaths_found(self, fact: DeathsFound) -> list[Action]:
-        """It is loaded alone from now on, or not at all."""
-        return self.get(fact.model).found_dead(fact)
-
-    def death_kept(self, name: ModelId) -> None:
-        """All workers know of one of its deaths."""
-        self.get(name).death_kept()
 
     def fetched(self, fact: ModelFetched) -> None:
         model = self.get(fact.model)
@@ -389,7 +373,3 @@ class WorkerState:
         self.incomplete = True
         model.eager = model.id in self.wanted
         return [model.failed(message, now)]
-
-    def validate(self) -> None:
-        """Raises `AssertionError` where a law of the header does not hold."""
-        check(self)

@@ -12,8 +12,7 @@ from __future__ import annotations
 from math import inf
 from typing import assert_never
 
-from services.worker.core.batch import Entry
-from services.worker.core.consumers import Subscription, Subscriptions, prefetch_for
+from services.worker.core.consumers import Subscriptions
 from services.worker.core.dispatch import Dispatch
 from services.worker.core.events import (
     Action,
@@ -44,13 +43,14 @@ from services.worker.core.events import (
     ModelFetched,
     ModelLoaded,
     Refuse,
-    StartConsumer,
     TellPlacer,
 )
 from services.worker.core.held import Held
-from services.worker.core.model import Model
+from services.worker.core.laws import check
 from services.worker.core.moves import Moves
+from services.worker.core.returns import Returns, refusal
 from services.worker.core.state import WorkerState
+from services.worker.core.suspects import Suspects
 from services.worker.core.watchdog import Watchdog
 from shared.control import ModelReport
 from shared.models import ModelSpec
@@ -80,13 +80,15 @@ class WorkerCore:
         """`max_loading`: loads that the engine is told of ahead, so that it copies one while it
         prepares the next. `share`: it keeps tensors that several models have once."""
         self.state = WorkerState(max_loading=max_loading, share=share)
-        self.subscriptions = Subscriptions()
+        self.subscriptions = Subscriptions(self.state)
         self.dispatch = Dispatch(self.state, max_bytes_under_way=max_bytes_under_way)
         self.generation = 0
         self.fence = 0
         self.engine_restarts = 0
         self._held = Held(self.state, max_held_bytes)
+        self._returns = Returns(self.state, self.dispatch, self._held)
         self._moves = Moves(self.state, self.dispatch)
+        self._suspects = Suspects(self.state, self.dispatch)
         self._watchdog = Watchdog(
             self.state,
             self.dispatch,
@@ -98,8 +100,6 @@ class WorkerCore:
         self._batches = 0
         self._unsettled = True
         """Something happened that may change what is loaded or consumed."""
-        self._troubled = False
-        """An engine was lost, and what may have done it is still among us."""
         self._next_retry: float | None = None
 
     def __repr__(self) -> str:
@@ -133,18 +133,18 @@ class WorkerCore:
         if actions or not all(isinstance(fact, _ARRIVALS) for fact in facts):
             self._moves.happened()
         if self._unsettled:
-            actions += self._let_go()
+            actions += self._returns.let_go(ending=self._ending)
         self._held.answered(actions, now)
         # 3. Hand over the batches whose turn it is, unless the engine hangs.
         actions += self._watchdog.watch(now)
         actions += self._moves.next_batches(now)
         # 4. Bring what is asked and what is wanted to where it should be; the subscriptions follow.
         retry = self._next_retry is not None and self._next_retry <= now
-        whole = self._unsettled or self._troubled or retry or self._moves.pending
+        whole = self._unsettled or self._suspects.among_us or retry or self._moves.pending
         self._unsettled = False
         if whole:
-            actions += self._close()
-        may_load = not self._ending and not self._isolation()
+            actions += self.subscriptions.sweep()
+        may_load = not self._ending and not self._suspects.on_trial()
         actions += self._moves.move(now, whole=whole, may_load=may_load)
         if whole or self._moves.refused:
             actions += self._consume()
@@ -153,7 +153,7 @@ class WorkerCore:
             actions += self._forget()
         # 5. What was refused its place meanwhile lets go of its items, once it is not consumed.
         if self._moves.refused:
-            back = self._let_go()
+            back = self._returns.let_go(ending=self._ending)
             self._held.answered(back, now)
             actions += back
         return actions
@@ -178,6 +178,7 @@ class WorkerCore:
             or model.copy != "none"
             or model.consumers
             or model.held
+            or model.unkept
             or model.id in self.state.wanted
         )
 
@@ -202,10 +203,10 @@ class WorkerCore:
                 self.state.fetched(fact)
                 return []
             case DeathsFound():
-                self._troubled = True
-                return self.state.deaths_found(fact)
+                self._suspects.among_us = True
+                return self.state.get(fact.model).found_dead(fact)
             case DeathKept():
-                self.state.death_kept(fact.model)
+                self.state.get(fact.model).death_kept()
                 return []
             case FetchFailed():
                 return self.state.fetch_failed(fact.model, fact.message, now)
@@ -256,7 +257,7 @@ class WorkerCore:
         elif fact.fault is not None:
             actions.append(Refuse(item.item, fact.fault))
         elif model.quarantined:
-            actions.append(Refuse(item.item, _kept_away(model)))
+            actions.append(refusal(model, item))
         else:
             self.dispatch.add(item, model.manifest or ModelSpec())
         return actions
@@ -303,43 +304,11 @@ class WorkerCore:
         subscription = self.subscriptions.stopped(id_)
         if subscription is None:
             return []
-        actions: list[Action] = [TellPlacer(f"{subscription.model} unbound")]
-        return actions + self._return(self._returnable(subscription), "unbound")
-
-    def _returnable(self, subscription: Subscription) -> list[Entry]:
-        """What a stopped subscription gives back: all that waits, but for what must be tried
-        here again, alone; a paused one only as much as must be."""
-        mine = [
-            entry
-            for entry in self.dispatch.waiting(subscription.model)
-            if entry.item.subscription == subscription.id and not entry.suspect
-        ]
-        return self._held.excess(mine) if subscription.model in self._held.paused else mine
-
-    def _return(self, entries: list[Entry], reason: str) -> list[Action]:
-        for model in {entry.item.model for entry in entries}:
-            self.dispatch.take_out(model, [e for e in entries if e.item.model == model])
-        return [GiveBack(entry.item.item, reason) for entry in entries]
-
-    def _let_go(self) -> list[Action]:
-        """Gives back what waits for a model that is not coming (again): another worker may
-        run it, unless the model kills engines. While a model is being loaded again, its
-        suspects wait for that."""
-        actions: list[Action] = []
-        for name in self.dispatch.models_waiting():
-            model = self.state.get(name)
-            coming = name in self.state.wanted and not self._ending and model.error is None
-            if model.stage != "ready" and not coming:
-                entries = list(self.dispatch.waiting(name))
-                back = self._return(entries, model.error or "the model is no longer here")
-                if model.quarantined:
-                    back = [Refuse(entry.item.item, _kept_away(model)) for entry in entries]
-                actions += back
-        return actions
+        return [TellPlacer(f"{subscription.model} unbound"), *self._returns.unbound(subscription)]
 
     def _engine_lost(self, fact: EngineLost) -> list[Action]:
         self.engine_restarts += 1
-        self._troubled = True
+        self._suspects.among_us = True
         # The batch first: whether it is guilty depends on what was loading beside it.
         batch_running = self.dispatch.under_way > 0
         actions = self.dispatch.engine_lost()
@@ -347,23 +316,6 @@ class WorkerCore:
         return [*actions, TellPlacer(f"engine lost: {fact.reason}")]
 
     # --- towards what is wanted -----------------------------------------------------------
-
-    def _isolation(self) -> bool:
-        """A suspect is running, or would but for what else is under way."""
-        if not self._troubled:
-            return False
-        suspects = self.dispatch.suspects()
-        isolating = self.dispatch.isolating()
-        self._troubled = (
-            isolating or bool(suspects) or any(self.state.get(m).suspect for m in self.state.wanted)
-        )
-        return isolating or any(self.state.is_ready(entry.item.model) for entry in suspects)
-
-    def _close(self) -> list[Action]:
-        closed = self.subscriptions.sweep()
-        for subscription, _ in closed:
-            self.state.get(subscription.model).consumers -= 1
-        return [close for _, close in closed]
 
     def _consume(self) -> list[Action]:
         desired: list[ModelId] = []
@@ -373,13 +325,7 @@ class WorkerCore:
                 for name in self.state.wanted
                 if self.state.is_served(name) and name not in self._held.paused
             ]
-        actions = self.subscriptions.reconcile(
-            desired, lambda name: prefetch_for(self.state.get(name).manifest or ModelSpec())
-        )
-        for action in actions:
-            if isinstance(action, StartConsumer):
-                self.state.get(action.model).consumers += 1
-        return actions
+        return self.subscriptions.reconcile(desired)
 
     def _forget(self) -> list[Action]:
         gone = self.state.forget()
@@ -389,15 +335,9 @@ class WorkerCore:
 
     def validate(self) -> None:
         """Raises `AssertionError` where a law does not hold."""
-        self.state.validate()
+        check(self.state)
         self.subscriptions.validate()
         self._held.validate(self.dispatch.places())
         for model in self.state.models.values():
-            consumers = [s for s in self.subscriptions.all.values() if s.model == model.id]
-            assert model.consumers == len(consumers), model
             running = self._moves.activity(model).running
             assert model.stage == "ready" or not running, model
-
-
-def _kept_away(model: Model) -> Fault:
-    return Fault("quarantined", f"{model.id} is {model.quarantined}")

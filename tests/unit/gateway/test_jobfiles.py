@@ -83,10 +83,10 @@ def test_an_end_that_was_broken_off_is_an_end(files):
     files.create(one, b"")  # as if it had never been removed
     assert files.waiting(one.id) is None
     assert files.find(one.id).state == "succeeded"
-    shown = {(found.id, found.has_ended) for found in files.list(one.id[0])}
-    assert shown == {(one.id, True), (one.id, False)}
+    shown = {(found.id, found.kind) for found in files.list(one.id[0])}
+    assert shown == {(one.id, "ended"), (one.id, "asked")}
     files.remove_request(one.id)
-    assert [found.has_ended for found in files.list(one.id[0])] == [True]
+    assert [found.kind for found in files.list(one.id[0])] == ["ended"]
 
 
 def test_a_list_is_of_one_shard_and_says_how_old(files):

@@ -201,17 +201,23 @@ def test_notes_travel():
 
 
 def test_a_sweep_removes_what_is_old_and_finds_what_was_lost():
-    """Results past their time, requests of ended jobs, and jobs that had no turn for too long."""
+    """Results past their time, requests of ended jobs, and jobs that had no turn for too long; keys
+    that no job can have any more, and those that somebody died freeing."""
     found = [
-        Found("old", True, 101.0),
-        Found("kept", True, 99.0),
-        Found("half", True, 1.0),
-        Found("half", False, 50.0),
-        Found("young", False, 10.0),
-        Found("lost", False, 31.0),
+        Found("old", "ended", 101.0),
+        Found("kept", "ended", 99.0),
+        Found("half", "ended", 1.0),
+        Found("half", "asked", 50.0),
+        Found("young", "asked", 10.0),
+        Found("lost", "asked", 31.0),
+        Found("forgotten", "key", 1131.0),
+        Found("held", "key", 1129.0),
+        Found("left", "freeing", 31.0),
+        Found("freed", "freeing", 29.0),
     ]
-    plan = sweep(found, keep_s=100, turn_s=30)
+    plan = sweep(found, keep_s=100, turn_s=30, longest_s=1000)
     assert (plan.over, plan.settled, plan.quiet) == (["old"], ["half"], ["lost"])
+    assert (plan.keys, plan.locks) == (["forgotten"], ["left"])
 
 
 def test_every_end_by_us_says_why():

@@ -86,7 +86,7 @@ def test_a_removed_version_has_no_series(metrics):
 async def test_what_another_gateway_removed_has_no_series_either(metrics, tmp_path):
     """The registry's hint is enough to look."""
     repository, state = Repository(str(tmp_path)), MemoryState()
-    digest, _ = repository.put_blob([torchscript(b"x" * 64)])
+    digest, _ = repository.files.put([torchscript(b"x" * 64)])
     for name in ("bert", "bertha"):
         repository.register(name, None, ModelSpec(), digest)
         metrics.answered(name, "1", "ok", 0.1)

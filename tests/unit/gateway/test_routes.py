@@ -18,6 +18,7 @@ class FakeRepository:
     """The model `m` in three versions, with these aliases."""
 
     def __init__(self, **aliases):
+        self.versions = self
         self.named = {"m": Aliases(1, aliases)}
 
     def aliases(self):

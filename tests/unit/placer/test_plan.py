@@ -334,6 +334,13 @@ def test_larger_than_every_device_is_permanent_unless_an_engine_is_still_startin
         ([worker("w1", budget=9), worker("w2", budget=0, takes_new=False)], "too_large"),
         ([worker("w1", "busy", budget=15)], "no_room"),
         ([worker("w1", failed={ModelId("a/1"): "no zip at 0x7f3a"})], "failed_to_load"),
+        (
+            [
+                worker("w1", failed={ModelId("a/1"): "its engine ended"}),
+                worker("w2", failed={ModelId("a/1"): "w1's did"}, suspects={ModelId("a/1")}),
+            ],
+            "suspected",
+        ),
         ([worker("w1", takes_new=False)], "leaving"),
         ([worker("w1", "a", serves=False)], "has_all"),
     ],

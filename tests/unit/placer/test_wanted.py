@@ -60,6 +60,13 @@ def test_a_fleet_that_nobody_asks_may_go_to_sleep():
     assert "60 s" in late.reasons[0]
 
 
+def test_the_last_worker_that_goes_is_not_followed_by_another():
+    """What is left of a demand that decays is no reason in silence; a request is."""
+    leaving = worker("w1", "a", serves=False, leaving=True)
+    assert wanted(view([leaving], [model("a", need=1e-9, idle_s=60)]))[0].workers == 0
+    assert wanted(view([leaving], [model("a", need=1e-9, ready=1)]))[0].workers == 1
+
+
 def test_silence_is_remembered_when_the_models_are_forgotten():
     """Models stop being active before the fleet goes: the silence goes on."""
     seen = view([worker("w1")], fleet_since=FleetSince(idle=NOW - 60))

@@ -16,6 +16,7 @@ class SlowRepository:
     """Its answers come when `go` is set."""
 
     def __init__(self) -> None:
+        self.versions = self
         self.asked, self.go = threading.Event(), threading.Event()
 
     def manifest(self, *_):

@@ -232,6 +232,24 @@ def test_each_death_is_written_down_for_the_other_workers():
     assert [(death.model, death.kind) for death in of(KeepDeath, first)] == [(A, "request")]
 
 
+def test_a_verdict_that_is_not_written_down_is_a_suspicion():
+    """Other workers, which cannot read it yet, are not to try; assigned here or not."""
+    desk = Desk()
+    desk.tell(Assigned((A,), 1, 2))
+    deaths, actions = [], desk.tell(fetched(A))
+    for _ in range(2):
+        assert of(LoadModel, actions)
+        deaths += of(KeepDeath, desk.tell(EngineLost("killed")))
+        actions = desk.tell(EngineStarted(1000, "cpu"))
+    assert [death.kind for death in deaths] == ["load"]
+    for generation in (3, 4):
+        (report,) = desk.core.reports()
+        assert report.suspect
+        desk.tell(Assigned((), 1, generation))
+    desk.tell(DeathKept(A))
+    assert desk.core.reports() == ()
+
+
 def test_what_all_workers_know_is_for_them_to_forgive():
     """Quarantined here, and written down: fetched anew it is what they say. Before that is written
     down it stays as it is, whatever they say."""

@@ -17,6 +17,7 @@ from services.worker.core.events import (
     ModelLoaded,
     TellPlacer,
 )
+from services.worker.core.laws import check
 from services.worker.core.placing import place
 from services.worker.core.state import WorkerState
 from services.worker.core.victims import Activity
@@ -59,7 +60,7 @@ class Device:
             may_load=True,
             slots=self.state.max_loading,
         )
-        self.state.validate()
+        check(self.state)
         return list(actions)
 
     def settle(self) -> None:

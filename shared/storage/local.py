@@ -1,4 +1,4 @@
-"""A directory as storage (see `shared.storage` for the laws)."""
+"""A directory as storage (see `port` for the laws)."""
 
 # System calls by name: their exact meaning matters here, and a listing of ten thousand models
 # is ten thousands of them.
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from shared.errors import Unavailable
-from shared.storage import TEMPORARY, Entry, translated, write_all
+from shared.storage.port import TEMPORARY, Entry, translated, write_all
 
 
 class LocalStorage:

@@ -20,8 +20,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from roost.trust import why
-from shared import https
-from shared.http import serve
+from shared.http import handshake, serve
 from shared.tls import ServerTls, explain
 from tests.authority import Authority
 
@@ -255,7 +254,7 @@ def test_silent_connections_neither_stay_nor_keep_others_out(on_loop, tmp_path, 
             silent = [await asyncio.open_connection("127.0.0.1", port_of(url)) for _ in range(6)]
             async with client(authority) as asks:
                 assert (await asks.get(f"{url}/hello")).is_success
-            monkeypatch.setattr(https, "HANDSHAKE_TIMEOUT_S", 0.2)
+            monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT_S", 0.2)
             late = await asyncio.open_connection("127.0.0.1", port_of(url))
             assert await asyncio.wait_for(late[0].read(), 20) == b""
             for reader, _ in silent[:3]:

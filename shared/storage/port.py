@@ -1,4 +1,4 @@
-"""Files as the repository needs them: a directory, or any URL that fsspec can open.
+"""Files as the repository needs them, wherever they are.
 
 Laws that both implementations keep:
 
@@ -19,9 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import BinaryIO, NamedTuple, Protocol
 
-import fsspec.core
-
-from shared.errors import InvalidRequest, RoostError, Unavailable
+from shared.errors import RoostError, Unavailable
 
 TEMPORARY = "tmp"
 """Folder of unfinished uploads, below the root."""
@@ -103,25 +101,3 @@ def write_all(handle: int, data: bytes | memoryview) -> None:
     view = memoryview(data).cast("B")
     while view:
         view = view[os.write(handle, view) :]
-
-
-def open_storage(url: str, *, durable: bool = True) -> Storage:
-    """The storage behind a path or URL. A directory is made if need be.
-
-    `durable=False` leaves out the waiting for the disk: for caches.
-    """
-    from shared.storage_local import LocalStorage
-    from shared.storage_remote import RemoteStorage
-
-    try:
-        # Other writers must be seen, so fsspec may not remember listings.
-        options = {} if "://" not in url else {"use_listings_cache": False}
-        filesystem, path = fsspec.core.url_to_fs(url, **options)
-    except (ImportError, ValueError, TypeError) as error:
-        # The URL itself is not shown: people put keys into it.
-        scheme = url.partition("://")[0] if "://" in url else "path"
-        raise InvalidRequest(f"the repository's {scheme} URL cannot be opened: {error}") from error
-    protocols = filesystem.protocol
-    if "file" in ((protocols,) if isinstance(protocols, str) else protocols):
-        return LocalStorage(path, durable=durable)
-    return RemoteStorage(filesystem, path)

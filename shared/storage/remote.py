@@ -1,4 +1,4 @@
-"""A bucket, or whatever else fsspec reaches, as storage (see `shared.storage` for the laws)."""
+"""A bucket, or whatever else fsspec reaches, as storage (see `port` for the laws)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
-from shared.storage import TEMPORARY, Entry, translated, write_all
+from shared.storage.port import TEMPORARY, Entry, translated, write_all
 
 _WHOLE_OBJECTS: Final = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "obs"}
 """Services where an object appears when its upload ends, and a rename is a copy."""

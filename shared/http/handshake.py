@@ -1,4 +1,4 @@
-"""TLS in front of the HTTP server's protocol, which then sees plain bytes.
+"""TLS in front of the server's protocol, which then sees plain bytes.
 
 Not by the server's own means: it would take the certificate once for its whole life, count a
 connection only when its handshake is through, and wait a minute for that.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Final, Protocol, cast
+from typing import Final, cast
 
 import structlog
 
+from shared.http.crowd import Crowd
 from shared.tls import HANDSHAKE_TIMEOUT_S, Identity, explain
 from shared.v2 import error_body
 
@@ -32,20 +33,6 @@ _PLAIN: Final = (
 )
 
 
-class Connection(Protocol):
-    """What has a transport to be aborted."""
-
-    transport: asyncio.Transport
-
-
-class Crowd(Protocol):
-    """Bounds the open connections (shared.http)."""
-
-    def enter(self, connection: Connection) -> bool: ...
-
-    def leave(self, connection: Connection) -> None: ...
-
-
 class Failures:
     """Tells of handshakes that failed, seldom."""
 
@@ -62,7 +49,7 @@ class Failures:
             self._told_at = now
 
 
-class Gate(asyncio.Protocol):
+class Handshake(asyncio.Protocol):
     """One connection until its handshake is through; then another protocol has it."""
 
     transport: asyncio.Transport
@@ -72,7 +59,7 @@ class Gate(asyncio.Protocol):
         identity: Identity,
         crowd: Crowd,
         failures: Failures,
-        handshaking: set[Gate],
+        handshaking: set[Handshake],
         behind: Callable[[], asyncio.Protocol],
     ) -> None:
         """`handshaking` holds it meanwhile, for whoever ends the server. `behind` makes the
