@@ -21,8 +21,8 @@ from shared.repository import Repository
 
 COUNTERS: Final = ("loads", "evictions", "engine_restarts", "given_back")
 """`roost_worker_…_total`."""
-_LISTED_AGAIN: Final = 40
-"""Half seconds to wait for a list of the management that is not empty."""
+_LOOKS: Final = 41
+"""Half a second apart, for a list of the management that is not empty."""
 
 
 class SoakStack(ProcessStack):
@@ -101,13 +101,13 @@ class SoakStack(ProcessStack):
 
     async def _listed(self, url: str) -> list[dict[str, Any]]:
         """There always are some: a busy broker lists none where its own count came too late."""
-        listed: list[dict[str, Any]] = (await self._http.get(url)).raise_for_status().json()
-        for _ in range(_LISTED_AGAIN):
+        for _ in range(_LOOKS):
+            answer = await self._http.get(url)
+            listed: list[dict[str, Any]] = answer.raise_for_status().json()
             if listed:
-                break
+                return listed
             await asyncio.sleep(0.5)
-            listed = (await self._http.get(url)).raise_for_status().json()
-        return listed
+        return []
 
     async def _store(self) -> dict[str, float]:
         assert self._redis is not None

@@ -52,6 +52,12 @@ def add_ca_file(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_gateway(parser: argparse.ArgumentParser, url: str) -> None:
+    """Which gateway, and whom to believe to be it."""
+    parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")
+    add_ca_file(parser)
+
+
 def note_options(arguments: argparse.Namespace) -> None:
     """What was said for one command, where `verify` looks."""
     if getattr(arguments, "ca_file", None):

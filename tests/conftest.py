@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from roost.local import MissingService, find_binaries
 from roost.local.rabbit import RabbitNode
 from roost.local.redis import RedisNode
+from shared.broker.amqp import AmqpBroker
 
 SERVICE_FIXTURES = {"rabbit_node", "redis_node", "amqp_url", "redis_url"}
 NO_SERVICES = "ROOST_TEST_NO_SERVICES"
@@ -63,6 +64,16 @@ def amqp_url(rabbit_node: RabbitNode) -> Iterator[str]:
     vhost = f"test-{uuid.uuid4().hex[:12]}"
     yield rabbit_node.create_vhost(vhost)
     rabbit_node.delete_vhost(vhost)
+
+
+@pytest.fixture(params=["memory", pytest.param("amqp", marks=pytest.mark.services)])
+def both_brokers(request: pytest.FixtureRequest) -> Callable[[str], AmqpBroker] | None:
+    """Runs a test twice: with None, for the broker in memory, and with what opens a connection to
+    RabbitMQ under a name."""
+    if request.param == "memory":
+        return None
+    url = request.getfixturevalue("amqp_url")
+    return lambda name: AmqpBroker(url, name)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -29,10 +29,14 @@ from roost.calls.call import (
 from shared.aliases import check_address, check_alias
 from shared.errors import InvalidRequest
 from shared.models import Manifest, ModelSpec
-from shared.names import HEADER_IDEMPOTENCY_KEY, check_name, check_version
+from shared.names import (
+    HEADER_IDEMPOTENCY_KEY,
+    IDEMPOTENCY_KEY,
+    IDEMPOTENCY_KEY_CHARS,
+    check_name,
+    check_version,
+)
 from shared.tenants import Quota, check_tenant
-
-_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 
 Version = int | str | None
 
@@ -91,8 +95,10 @@ class Calls:
         """A request that is made already. `key` None: one that nobody else has."""
         if key is None:
             key = str(uuid.uuid4())
-        elif not _KEY.fullmatch(key):
-            raise InvalidRequest("an idempotency key is 1 to 255 visible ASCII characters")
+        elif not re.fullmatch(IDEMPOTENCY_KEY, key):
+            raise InvalidRequest(
+                f"an idempotency key is 1 to {IDEMPOTENCY_KEY_CHARS} visible ASCII characters"
+            )
         headers = {**body.headers, HEADER_IDEMPOTENCY_KEY: key}
         url = f"{self._model(name, version)}/jobs"
         return Call("POST", url, answers.item, body.content, headers, again=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from roost.client import RoostClient
-from roost.trust import add_ca_file
+from roost.trust import add_gateway
 from shared.errors import Conflict, InvalidRequest, ModelNotFound
 from shared.names import check_version
 
@@ -35,8 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     parser.add_argument("--remove", action="store_true", help="remove the alias")
     parser.add_argument("--wait", type=float, metavar="SECONDS", help="default: until it is done")
     parser.add_argument("--json", action="store_true", help="as the gateway gives it")
-    parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")
-    add_ca_file(parser)
+    add_gateway(parser, url)
     parser.set_defaults(run=run)
 
 

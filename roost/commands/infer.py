@@ -14,7 +14,7 @@ from roost.calls.answers import checked
 from roost.calls.bodies import Body
 from roost.calls.calls import Calls
 from roost.calls.sending import Sender
-from roost.trust import add_ca_file
+from roost.trust import add_gateway
 from shared import v2
 from shared.errors import InvalidRequest
 from shared.names import HEADER_LENGTH
@@ -35,8 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     )
     add_request(parser)
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds (default 60)")
-    parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")
-    add_ca_file(parser)
+    add_gateway(parser, url)
     parser.set_defaults(run=run)
 
 

@@ -12,7 +12,7 @@ from roost.calls.sending import Sender
 from roost.client import RoostClient
 from roost.commands.explain import tell
 from roost.commands.infer import HOW, add_request, request_of, show
-from roost.trust import add_ca_file
+from roost.trust import add_gateway
 from shared.errors import InvalidRequest
 
 
@@ -70,10 +70,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     cancel.add_argument("id", nargs="+")
     cancel.set_defaults(run=run_cancel)
     for action in (submit, look, result, cancel):
-        action.add_argument(
-            "--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)"
-        )
-        add_ca_file(action)
+        add_gateway(action, url)
 
 
 def run_submit(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from roost.client import RoostClient
-from roost.trust import add_ca_file
+from roost.trust import add_gateway
 from shared.errors import InvalidRequest
 from shared.models import ModelSpec
 from shared.units import show_bytes
@@ -29,18 +29,18 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser], u
     push.add_argument("file", type=Path, metavar="FILE.pt|FILE.pt2")
     push.add_argument("--manifest", type=Path, metavar="model.json", help="see docs/models.md")
     push.add_argument("--version", help="default: one above the highest")
-    _with_url(push, url)
+    add_gateway(push, url)
     push.set_defaults(run=run_push)
 
     ls = commands.add_parser("ls", help="list registered models and where they are")
     ls.add_argument("--json", action="store_true", help="the repository index as it is")
-    _with_url(ls, url)
+    add_gateway(ls, url)
     ls.set_defaults(run=run_ls)
 
     rm = commands.add_parser("rm", help="remove a model, or one version of it")
     rm.add_argument("name")
     rm.add_argument("--version", help="default: all versions")
-    _with_url(rm, url)
+    add_gateway(rm, url)
     rm.set_defaults(run=run_rm)
 
     bring = commands.add_parser(
@@ -129,8 +129,3 @@ def _read_spec(path: Path) -> ModelSpec:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from error
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path} is not a model manifest: {error}") from error
-
-
-def _with_url(parser: argparse.ArgumentParser, url: str) -> None:
-    parser.add_argument("--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)")
-    add_ca_file(parser)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from roost.client import RoostClient
-from roost.trust import add_ca_file
+from roost.trust import add_gateway
 from shared.errors import Conflict
 
 
@@ -28,10 +28,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], ur
     release.add_argument("model", metavar="MODEL[/VERSION]", help="without VERSION: all of them")
     release.set_defaults(run=run_release)
     for action in (ls, release):
-        action.add_argument(
-            "--url", default=url, help=f"the gateway (default {url}, or $ROOST_URL)"
-        )
-        add_ca_file(action)
+        add_gateway(action, url)
 
 
 def run_ls(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 from roost import deadletters
 from services.gateway.asked import Tenants
 from services.gateway.body import decompressed
-from services.gateway.core.jobkeys import KEY_CHARS, key_name, parse_key
+from services.gateway.core.jobkeys import key_name, parse_key
 from services.gateway.core.jobs import check_id
 from services.gateway.encoding import wanted_coding
 from services.gateway.http import _infer_target
@@ -36,7 +36,7 @@ from shared.errors import RoostError
 from shared.http.crowd import Crowd
 from shared.http.protocol import Config, HttpProtocol
 from shared.models import ModelSpec, Padding, TensorSpec
-from shared.names import HEADER_DEADLINE, HEADER_LENGTH, ModelId
+from shared.names import HEADER_DEADLINE, HEADER_LENGTH, IDEMPOTENCY_KEY_CHARS, ModelId
 from shared.nvmetrics import encoder
 from tests.fuzz.kit import target
 from tests.hostile import HEADERS, HOSTILE, long, nested_arrays, short, table
@@ -180,7 +180,7 @@ def http_headers(data: bytes) -> None:
 def _a_key(text: str) -> None:
     """What is taken for a key is one, and the same when it is sent in quotes."""
     key = parse_key(text)
-    assert 1 <= len(key) <= KEY_CHARS
+    assert 1 <= len(key) <= IDEMPOTENCY_KEY_CHARS
     assert all("!" <= char <= "~" for char in key)
     assert parse_key('"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"') == key
     check_id(key_name("m", None, "", key))

@@ -11,7 +11,6 @@ import pytest
 import structlog
 
 from shared import names
-from shared.broker.amqp import AmqpBroker
 from shared.broker.port import Message
 from shared.control import ModelReport, Report
 from shared.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, ModelNotFound
@@ -29,16 +28,9 @@ from tests.gateway_rig import (
 )
 
 
-@pytest.fixture(params=["memory", pytest.param("amqp", marks=pytest.mark.services)])
-async def rig(request, tmp_path):
-    open_broker = None
-    if request.param == "amqp":
-        url = request.getfixturevalue("amqp_url")
-
-        def open_broker(name):
-            return AmqpBroker(url, name)
-
-    async with running(tmp_path, open_broker) as made:
+@pytest.fixture
+async def rig(both_brokers, tmp_path):
+    async with running(tmp_path, both_brokers) as made:
         yield made
 
 

@@ -16,7 +16,6 @@ from services.gateway.core.jobs import Note, encode_note, queue_of, shard_of
 from services.gateway.jobs.files import JobFiles
 from services.gateway.jobs.sweep import JobSweep
 from shared import v2
-from shared.broker.amqp import AmqpBroker
 from shared.broker.port import Message
 from shared.cancels import CancelledRequests
 from shared.names import DEAD, HEADER_LENGTH
@@ -37,17 +36,10 @@ from tests.gateway_rig import (
 QUEUE = queue_of(shard_of("adder"))
 
 
-@pytest.fixture(params=["memory", pytest.param("amqp", marks=pytest.mark.services)])
-async def rig(request, tmp_path):
+@pytest.fixture
+async def rig(both_brokers, tmp_path):
     """A gateway over the broker in memory, and over RabbitMQ."""
-    opened = None
-    if request.param == "amqp":
-        url = request.getfixturevalue("amqp_url")
-
-        def opened(name):
-            return AmqpBroker(url, name)
-
-    async with running(tmp_path, opened) as made:
+    async with running(tmp_path, both_brokers) as made:
         yield made
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from roost.__main__ import main
 from roost.client import AsyncRoostClient, RoostClient
-from shared.broker.amqp import AmqpBroker
 from shared.errors import (
     DeadlineExceeded,
     IdempotencyKeyReused,
@@ -29,17 +28,10 @@ X = {"x": np.asarray([[1, 2, 3]], np.float32)}
 INPUT = "x=[[1, 2, 3]]"
 
 
-@pytest.fixture(params=["memory", pytest.param("amqp", marks=pytest.mark.services)])
-async def rig(request, tmp_path):
+@pytest.fixture
+async def rig(both_brokers, tmp_path):
     """A gateway over the broker in memory, and over RabbitMQ."""
-    opened = None
-    if request.param == "amqp":
-        url = request.getfixturevalue("amqp_url")
-
-        def opened(name):
-            return AmqpBroker(url, name)
-
-    async with running(tmp_path, opened) as made:
+    async with running(tmp_path, both_brokers) as made:
         yield made
 
 

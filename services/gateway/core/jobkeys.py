@@ -14,11 +14,10 @@ import msgspec
 
 from services.gateway.core.jobs import ID_DIGITS, check_id, shard_of
 from shared.errors import InvalidRequest
+from shared.names import IDEMPOTENCY_KEY, IDEMPOTENCY_KEY_CHARS
 
-KEY_CHARS: Final = 255
-_KEY: Final = re.compile(rf"[!-~]{{1,{KEY_CHARS}}}\Z")
 _QUOTED: Final = re.compile(r'"((?:[^"\\]|\\["\\])*)"\Z')
-_HEADER_CHARS: Final = 2 * KEY_CHARS + 2
+_HEADER_CHARS: Final = 2 * IDEMPOTENCY_KEY_CHARS + 2
 """Each may be escaped."""
 
 
@@ -39,10 +38,10 @@ def parse_key(text: str) -> str:
     if key.startswith('"'):
         quoted = _QUOTED.match(key) if len(key) <= _HEADER_CHARS else None
         key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
-    if not _KEY.match(key):
+    if not re.fullmatch(IDEMPOTENCY_KEY, key):
         raise InvalidRequest(
-            f"Idempotency-Key must be 1 to {KEY_CHARS} visible ASCII characters, in double quotes "
-            "or without"
+            f"Idempotency-Key must be 1 to {IDEMPOTENCY_KEY_CHARS} visible ASCII characters, in "
+            "double quotes or without"
         )
     return key
 

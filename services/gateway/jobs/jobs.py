@@ -34,6 +34,7 @@ from services.gateway.core.jobs import (
     queue_of,
 )
 from services.gateway.infer import Inference, Replied, Taken
+from services.gateway.jobs.clock import now_ms
 from services.gateway.jobs.files import JobFiles
 from services.gateway.jobs.keys import JobKeys
 from services.gateway.metrics import Metrics
@@ -97,7 +98,7 @@ class Jobs:
         """
         if not self._broker.connected:
             raise Unavailable("the message broker is not connected", retry_after_s=1)
-        now_ms = _now_ms()
+        accepted_ms = now_ms()
         held = Held(self._admission, asked.tenant)
         try:
             target = await self._routes.target(asked.name, asked.version, asked.split_key)
@@ -110,7 +111,7 @@ class Jobs:
                 held_by = await asyncio.to_thread(self._keys.holder, name)
                 if held_by is not None:
                     return await self._of_key(held_by, fingerprint)
-            job = self._job(asked, taken, now_ms, name, fingerprint)
+            job = self._job(asked, taken, accepted_ms, name, fingerprint)
             with self._admitted(job):
                 await asyncio.to_thread(self._files.create, job, taken.read.body)
                 await self._queue(job)
@@ -149,17 +150,15 @@ class Jobs:
             raise Unavailable("the job of this key was removed just now", retry_after_s=1)
         return found
 
-    def _job(
-        self, asked: Asked, taken: Taken, now_ms: int, key: str = "", fingerprint: str = ""
-    ) -> Job:
+    def _job(self, asked: Asked, taken: Taken, accepted_ms: int, key: str, fingerprint: str) -> Job:
         read, config = taken.read, self._config
         deadline = deadline_ms(
             read.wished_s(),
-            now_ms=now_ms,
+            now_ms=accepted_ms,
             default_s=config.job_timeout_s,
             most_s=config.job_max_timeout_s,
         )
-        if deadline <= now_ms:
+        if deadline <= accepted_ms:
             raise DeadlineExceeded("the deadline had passed before the job was accepted")
         name = taken.target.manifest.name
         return Job(
@@ -169,7 +168,7 @@ class Jobs:
             split_key=asked.split_key[:_SPLIT_KEY_CHARS],
             tenant=asked.tenant,
             request_id=read.request.id,
-            created_ms=now_ms,
+            created_ms=accepted_ms,
             deadline_ms=deadline,
             nbytes=len(read.body),
             header_length=read.header_length,
@@ -211,11 +210,11 @@ class Jobs:
 
     async def _look(self, id_: str) -> Job | Ended | None:
         found = await asyncio.to_thread(self._files.find, id_)
-        if isinstance(found, Job) and _now_ms() >= found.deadline_ms:
+        if isinstance(found, Job) and now_ms() >= found.deadline_ms:
             # Written down, so that nobody is told otherwise later.
-            await self._end(expired(found, _now_ms()))
+            await self._end(expired(found, now_ms()))
             found = await asyncio.to_thread(self._files.find, id_)
-        return None if found is None or is_over(found, _now_ms(), self.keep_s) else found
+        return None if found is None or is_over(found, now_ms(), self.keep_s) else found
 
     async def result(self, id_: str, tenant: str | None) -> Replied:
         """What `infer` would have answered. Raises `JobNotDone` before the end, `JobNotFound`."""
@@ -235,7 +234,7 @@ class Jobs:
         removes one that has. Raises `JobNotFound`."""
         found = await self.find(id_, tenant)
         if isinstance(found, Job):
-            if await self._end(cancelled(found, _now_ms())):
+            if await self._end(cancelled(found, now_ms())):
                 self.tell_cancelled(found)
                 return
             await self.find(id_, tenant)  # it ended just now; or somebody else removed it
@@ -243,7 +242,7 @@ class Jobs:
 
     def tell_cancelled(self, job: Job) -> None:
         """Whichever gateway runs it takes its request back."""
-        left_s = (job.deadline_ms - _now_ms()) / 1000
+        left_s = (job.deadline_ms - now_ms()) / 1000
         self._cancels.add(cancel_name(job.id), asyncio.get_running_loop().time() + left_s)
 
     async def _end(self, end: Ended) -> bool:
@@ -266,7 +265,3 @@ async def publish_note(broker: Broker, note: Note, timeout_s: float) -> None:
 
 def _fingerprint(asked: Asked, taken: Taken) -> str:
     return fingerprint_of(taken.read.body, taken.read.header_length, asked.split_key)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

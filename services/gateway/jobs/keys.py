@@ -7,10 +7,9 @@ was removed, or has been kept for long enough. Synchronous, for threads; may rai
 
 from __future__ import annotations
 
-import time
-
 from services.gateway.core.jobkeys import Claim
 from services.gateway.core.jobs import is_over
+from services.gateway.jobs.clock import now_ms
 from services.gateway.jobs.files import JobFiles
 from shared.errors import Unavailable
 
@@ -26,7 +25,7 @@ class JobKeys:
         if held is None:
             return None
         found = self._files.find(held.id)
-        if found is not None and not is_over(found, _now_ms(), self._keep_s):
+        if found is not None and not is_over(found, now_ms(), self._keep_s):
             return held
         if not self._files.free(name, held.id):
             raise Unavailable("the last job of this key is about to be removed", retry_after_s=1)
@@ -44,7 +43,3 @@ class JobKeys:
             if self._files.claim(name, mine):
                 return mine
         raise Unavailable("jobs with this key come and go", retry_after_s=1)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

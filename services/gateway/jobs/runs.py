@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
@@ -40,6 +39,7 @@ from services.gateway.core.jobs import (
 )
 from services.gateway.hangup import watching_for_hangup
 from services.gateway.infer import Inference, Replied
+from services.gateway.jobs.clock import now_ms
 from services.gateway.jobs.files import Broken, JobFiles
 from services.gateway.jobs.jobs import cancel_name, publish_note
 from services.gateway.jobs.keys import JobKeys
@@ -96,7 +96,7 @@ class JobAsked:
             request=request,
             body=body,
             header_length=job.header_length,
-            remaining_s=(job.deadline_ms - _now_ms()) / 1000,
+            remaining_s=(job.deadline_ms - now_ms()) / 1000,
             traceparent=job.traceparent,
             tracestate=job.tracestate,
             level=LEVEL,
@@ -171,7 +171,7 @@ class JobRuns:
     async def listen(self) -> None:
         """Hears which jobs were cancelled, by whatever gateway. Never returns."""
         async for data in self._store.notes(TOPIC_CANCELLED):
-            names = set(CancelledRequests().note(data, _now_ms()))
+            names = set(CancelledRequests().note(data, now_ms()))
             for id_, asked in self._running.items():
                 if asked is not None and cancel_name(id_) in names:
                     asked.cancelled.set()
@@ -250,7 +250,7 @@ class JobRuns:
             return None
         if job is None or not self._has_its_key(job):
             return None
-        if _now_ms() - job.created_ms > _YOUNG_MS:
+        if now_ms() - job.created_ms > _YOUNG_MS:
             self._files.touch(id_)  # else another gateway may take it for lost
         return job
 
@@ -263,13 +263,13 @@ class JobRuns:
         if holder.id == job.id:
             return True
         log.info("job_superseded", job=job.id, by=holder.id)
-        self._files.end(superseded(job, holder.id, _now_ms()), b"")
+        self._files.end(superseded(job, holder.id, now_ms()), b"")
         return False
 
     async def _turn(self, job: Job, note: Note) -> Again | None:
         """Asks the model. None when the job has ended, one way or another."""
-        if _now_ms() >= job.deadline_ms:
-            await self._end(expired(job, _now_ms()))
+        if now_ms() >= job.deadline_ms:
+            await self._end(expired(job, now_ms()))
             return None
         asked = self._running[job.id] = JobAsked(job, self._files, self._rpc.new_id())
         try:
@@ -290,7 +290,7 @@ class JobRuns:
             await self._keep_answer(job, replied)
             return None
         chance = random.random()  # noqa: S311  (spreads load, guards no secret)
-        next_ = after_error(note, job, error, now_ms=_now_ms(), chance=chance)
+        next_ = after_error(note, job, error, now_ms=now_ms(), chance=chance)
         if isinstance(next_, Again):
             log.info("job_waits", job=job.id, model=job.model, code=error.code, error=str(error))
             return next_
@@ -306,7 +306,7 @@ class JobRuns:
         ok = replied.code == "ok"
         error = None if ok else v2.error_message(body)
         state: State = "succeeded" if ok else "failed"
-        end = ended(job, state, _now_ms(), replied.code, headers=headers, error=error)
+        end = ended(job, state, now_ms(), replied.code, headers=headers, error=error)
         await self._end(end, body)
 
     async def _end(self, end: Ended, body: bytes | None = None) -> None:
@@ -318,7 +318,7 @@ class JobRuns:
                 break
             except Unavailable as error:
                 # The answer is worth keeping: a second run would cost a device.
-                if _now_ms() >= end.job.deadline_ms + 60_000:
+                if now_ms() >= end.job.deadline_ms + 60_000:
                     raise
                 log.warning("job_end_waits", job=end.job.id, error=str(error))
                 await asyncio.sleep(backoff.next())
@@ -334,7 +334,3 @@ def _passing(replied: Replied) -> RoostError | None:
     error = from_code(replied.code, said)
     error.retry_after_s = replied.retry_after_s
     return error if error.retryable else None
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.core.jobkeys import (
-    KEY_CHARS,
     Claim,
     decode_claim,
     encode_claim,
@@ -31,6 +30,7 @@ from services.gateway.core.jobs import (
 from services.gateway.jobs.files import JobFiles
 from services.gateway.jobs.keys import JobKeys
 from shared.errors import InvalidRequest, Unavailable
+from shared.names import IDEMPOTENCY_KEY_CHARS
 from shared.storage import open_storage
 
 KEEP_S = 3600.0
@@ -74,7 +74,8 @@ def test_a_key_is_the_same_with_quotes_and_without(key):
 @pytest.mark.parametrize(
     "text",
     ["", " ", '""', '"', '"a', "a b", '"a b"', '"a"b', '"a";p=1', '"a\\b"', '"a\\"', "\x7f", "ü",
-     "a\nb", "a" * (KEY_CHARS + 1), '"' + "a" * (KEY_CHARS + 1) + '"', "\x00", "a\n"],
+     "a\nb", "a" * (IDEMPOTENCY_KEY_CHARS + 1), '"' + "a" * (IDEMPOTENCY_KEY_CHARS + 1) + '"',
+     "\x00", "a\n"],
 )  # fmt: skip
 def test_what_is_no_key_is_refused_and_not_repeated(text):
     """An error's message may be logged somewhere; a key leads to somebody's job."""
